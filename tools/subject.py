@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-"""What TransformerLens can do to weights after loading. Nothing by default: vectors are those of the published model."""
+"""What TransformerLens can do to weights after loading. Nothing by default: vectors are the published model's."""
 
 _POINTS = (
     *("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"),
@@ -145,7 +145,7 @@ def load_subject(
     source = str(folder) if folder else name_or_path
     commit = None if folder else _commit(name_or_path, revision)
     if folder and not any(folder.glob("*.safetensors")):
-        raise UserError(f"model folder {name_or_path!r} has no *.safetensors; save it with model.save_pretrained(folder)")
+        raise UserError(f"model folder {name_or_path!r} has no *.safetensors; save it with model.save_pretrained()")
     tokenizer, bridge = _boot(source, name_or_path, device, dtype, revision)
     _require_finite(bridge.original_model, name_or_path)
     content = _folder_digest(folder) if folder else digest("hub", name_or_path, commit or "")
@@ -174,7 +174,7 @@ def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Seq
     model.set_attn_implementation("eager")
     with _quiet():
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model.eval(), tokenizer=copy.deepcopy(tokenizer), device=device, dtype=parameter.dtype
+            name, hf_model=model.eval(), tokenizer=_for_bridge(tokenizer), device=device, dtype=parameter.dtype
         )
     return _processed(Subject(bridge, tokenizer, name, content), processing)
 
@@ -192,7 +192,7 @@ def _check(device: str, dtype: str, processing: Sequence[str]) -> None:
     except RuntimeError as error:
         raise UserError(f"no device is named {device!r}; there are: cpu, cuda, cuda:0, mps, …") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} asked for, but this torch sees no CUDA device; use device = \"cpu\"")
+        raise UserError(f'device {device!r} asked for, but this torch sees no CUDA device; use device = "cpu"')
     if dtype not in ("float32", "float16", "bfloat16", "float64"):
         raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, float64")
     for name in processing:
@@ -206,7 +206,7 @@ def _folder(name_or_path: str) -> Path | None:
     if path.is_dir():
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1 or path.exists():
-        raise UserError(f"there is no model folder {name_or_path!r}; give a folder with config.json or a Hugging Face name")
+        raise UserError(f"there is no model folder {name_or_path!r}; give one with config.json or a Hugging Face name")
     return None
 
 
@@ -223,12 +223,15 @@ def _commit(name: str, revision: str | None) -> str:
                 return Path(str(configuration)).parent.name
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error) from error
-    raise UserError(f"model {name!r} has no safetensors weights on the hub, and pickled ones are never loaded; convert it first")
+    raise UserError(
+        f"model {name!r} has no safetensors on the hub, and pickled weights are never loaded; convert it first"
+    )
 
 
 def _not_loadable(name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"cannot load model {name!r}: give a local folder or a Hugging Face name that is reachable or cached ({reason})")
+    way_out = "give a local folder, or a Hugging Face name that is reachable or cached"
+    return UserError(f"cannot load model {name!r}: {way_out} ({reason})")
 
 
 def _boot(source: str, name: str, device: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
@@ -238,9 +241,8 @@ def _boot(source: str, name: str, device: str, dtype: str, revision: str | None)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-            # A copy: the bridge gives its tokenizer special tokens that the model may never have seen.
             bridge = TransformerBridge.boot_transformers(
-                source, device=device, dtype=getattr(torch, dtype), tokenizer=copy.deepcopy(tokenizer), revision=revision
+                source, device=device, dtype=getattr(torch, dtype), tokenizer=_for_bridge(tokenizer), revision=revision
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loadable(name, error) from error
@@ -248,10 +250,20 @@ def _boot(source: str, name: str, device: str, dtype: str, revision: str | None)
     return tokenizer, bridge
 
 
+def _for_bridge(tokenizer: Any) -> Any:
+    """Return a copy for the bridge, which gives it special tokens that the model may never have seen.
+
+    Without a beginning: for one, the bridge would load the tokenizer again, by name.
+    """
+    copied = copy.deepcopy(tokenizer)
+    copied.bos_token = None
+    return copied
+
+
 def _require_finite(model: Any, name: str) -> None:
     for key, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
-            raise UserError(f"model {name!r} has NaN or infinite weights in {key!r}; its file is damaged: fetch or export it again")
+            raise UserError(f"model {name!r} has NaN or infinite weights in {key!r}; fetch or export it again")
 
 
 def _folder_digest(folder: Path) -> str:
