@@ -35,7 +35,8 @@ VISIBLE: dict[Purpose, tuple[Split, ...]] = {
     "refine": ("explain", "refine"),
     "score": SPLITS,
 }
-"""The splits that each purpose may see. Explainers get `explain`, refinement loops and agents `refine`, evaluators `score`."""
+"""The splits that each purpose may see. Explainers get `explain`, refinement loops and agents `refine`,
+evaluators `score`."""
 
 VOCABULARY = pa.schema([("token", pa.int32()), ("piece", pa.string())])
 WINDOWS = pa.schema([("window", pa.int64()), ("document", pa.string()), ("tokens", pa.list_(pa.int32()))])
@@ -56,8 +57,9 @@ ITEMS = pa.schema(
         ("marks_correct", pa.bool_()),
     ]
 )
-"""`positions`, `values`: the firings in the window; both null where only `fires` is known, both empty where it does not fire.
-`rank`: position within latent, split and kind; the order in which windows are used. `stratum`: null outside the uniform sample."""
+"""`positions`, `values`: the firings in the window; both null where only `fires` is known, both empty where it does not
+fire. `rank`: position within latent, split and kind; the order in which windows are used. `stratum`: null outside the
+uniform sample."""
 LATENTS = pa.schema(
     [
         ("latent", pa.int32()),
@@ -99,7 +101,7 @@ class Evidence:
         """
         marker = folder / "evidence.json"
         if not marker.exists():
-            raise UserError(f"{str(folder)!r} holds no finished evidence; run `exegete label` or `exegete evidence import`")
+            raise UserError(f"{str(folder)!r} holds no finished evidence; run `exegete label` or `evidence import`")
         return cls(folder, json.loads(marker.read_text()))
 
     @property
@@ -156,7 +158,8 @@ class Evidence:
         wanted = np.unique(ids).tolist()
         if not wanted:
             return {}
-        query = "SELECT window, document FROM windows WHERE window BETWEEN ? AND ? AND window IN (SELECT unnest(?::BIGINT[]))"
+        query = """SELECT "window", document FROM windows
+            WHERE "window" BETWEEN ? AND ? AND "window" IN (SELECT unnest(?::BIGINT[]))"""
         return dict(self._query(query, [wanted[0], wanted[-1], wanted]).fetchall())
 
     @cached_property
@@ -195,7 +198,8 @@ class Evidence:
         try:
             return self._connection.execute(query, parameters)
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise UserError(f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume") from error
+            message = f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume"
+            raise UserError(message) from error
 
 
 def _window(item: Mapping[str, Any], tokens: tuple[str, ...], document: str | None) -> Window:
