@@ -1,1 +1,31 @@
-"""To be described."""
+"""The store: one folder that a run writes and everyone else reads.
+
+    store.json                     format version
+    run.duckdb                     what the run writes; one writer, no reader ever opens it
+    labels.duckdb                  the published snapshot, replaced whole; every reader opens this one
+    evidence/<16 hex digits>/      evidence of one dictionary (see `exegete.tools.evidence`)
+    verdicts/*.parquet             judged items, append-only; a part counts once it is registered in run.duckdb
+    corpora/  passes/              token stores and the working files of activation passes
+
+`Store` names the places, `Store.writer()` opens the one writer, `connect` the published results, and `safe_query` runs SQL
+that a language model wrote.
+"""
+
+from exegete.tools.store.folder import Store
+from exegete.tools.store.reading import connect
+from exegete.tools.store.records import DictionaryRecord, LatentRecord, Outcome, RunRecord, VerdictRecord
+from exegete.tools.store.sandbox import QueryResult, safe_query
+from exegete.tools.store.writer import Writer
+
+__all__ = [
+    "DictionaryRecord",
+    "LatentRecord",
+    "Outcome",
+    "QueryResult",
+    "RunRecord",
+    "Store",
+    "VerdictRecord",
+    "Writer",
+    "connect",
+    "safe_query",
+]
