@@ -15,7 +15,7 @@ Protocol, `Dictionary`:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest, generator
+from exegete.tools.weights import weights_digest
 
 if TYPE_CHECKING:
     from exegete.tools.subject import Subject
@@ -36,20 +37,54 @@ Activation = Literal["relu", "jumprelu", "topk"]
 class Dictionary(Protocol):
     """A sparse coder at one hook point of one subject."""
 
-    name: str
-    fingerprint: str
-    """`sha256:…` over weights, configuration, hook point, the subject's tokenizer and its revision."""
-    hook_point: str
-    hook_point_out: str
-    """Where `decode` writes: the hook point itself, or for a transcoder the one it predicts."""
-    width: int
-    """Length of the vectors that `encode` takes."""
-    latents: int
-    device: str
-    dtype: str
-    conditioned: bool
-    """Whether a code depends on more than its own vector. Then `encode` must be given whole contexts, shape (context,
-    position, width), and `decode` the input that the code is of."""
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:…` over weights, configuration, hook point, and the subject with its tokenizer and revision."""
+        ...
+
+    @property
+    def hook_point(self) -> str:
+        """Where it reads."""
+        ...
+
+    @property
+    def hook_point_out(self) -> str:
+        """Where `decode` writes: the hook point itself, or for a transcoder the one it predicts."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors that `encode` takes."""
+        ...
+
+    @property
+    def latents(self) -> int:
+        """Number of latents."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """The device that holds the weights."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The weights' number format, for example "float32"."""
+        ...
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether a code depends on more than its own vector.
+
+        Then `encode` must be given whole contexts, shape (context, position, width), and `decode` the input that the
+        code is of.
+        """
+        ...
 
     def decoder_directions(self) -> Tensor | None:
         """Return what each latent writes, shape (latent, width out), or None where `decode` is not a linear map."""
@@ -100,10 +135,13 @@ class PlainDictionary:
     output: str | None = None
     """Hook point that `decode` writes to, where it is not `hook_point` (transcoders)."""
     conditioned: bool = field(default=False, init=False)
+    """A token's code depends on its own vector alone."""
 
     def __post_init__(self) -> None:
         if self.activation == "topk" and not (self.k and 0 < self.k <= self.latents):
-            raise UserError(f"dictionary {self.name!r}: TopK needs k between 1 and {self.latents} latents, not {self.k!r}")
+            raise UserError(
+                f"dictionary {self.name!r}: TopK needs k between 1 and {self.latents} latents, not {self.k!r}"
+            )
         if self.activation == "jumprelu" and self.threshold is None:
             raise UserError(f"dictionary {self.name!r}: JumpReLU needs a threshold for each latent")
 
@@ -238,8 +276,94 @@ class OpaqueDictionary:
             return self.decoder(z.to(getattr(torch, self.dtype)), given)
 
 
+def opaque_dictionary(
+    coder: Any,
+    subject: Subject,
+    *,
+    name: str,
+    hook_point: str,
+    latents: int,
+    identity: str | None = None,
+    directions: Tensor | None = None,
+    conditioned: bool = False,
+) -> OpaqueDictionary:
+    """Wrap any object with `encode(x)` and `decode(z)`, which takes the input as a second argument if `conditioned`.
+
+    `identity` stands for its weights in the fingerprint; a torch module's are read, and need none.
+
+    Raises:
+        UserError: there is no `identity` and no weights to read, or the subject lacks the hook point.
+    """
+    weights = dict(coder.state_dict()) if hasattr(coder, "state_dict") else {}
+    if not weights and identity is None:
+        raise UserError(f"dictionary {name!r} has no weights to tell it by; pass identity=, for example its version")
+    width = subject.width(hook_point)
+    facts = {"name": name, "latents": latents, "identity": identity, "class": type(coder).__qualname__}
+    return OpaqueDictionary(
+        name=name,
+        fingerprint=dictionary_fingerprint(weights, facts, hook_point, subject),
+        hook_point=hook_point,
+        width=width,
+        latents=latents,
+        device=subject.device,
+        dtype=subject.dtype,
+        encoder=coder.encode,
+        decoder=coder.decode if conditioned else lambda z, given: coder.decode(z),
+        directions=directions,
+        conditioned=conditioned,
+    )
+
+
+def dictionary_fingerprint(
+    weights: Mapping[str, Tensor], configuration: Mapping[str, Any], hook_point: str, subject: Subject
+) -> str:
+    """Return `sha256:…` over weights, configuration, hook point, and the subject with its tokenizer."""
+    facts = json.dumps(configuration, sort_keys=True, default=str)
+    return digest(weights_digest(weights), facts, hook_point, subject.fingerprint, subject.tokenizer_digest)
+
+
 def random_dictionary(
-    subject: Subject, hook_point: str, latents: int, activation: Activation, k: int = 32, seed: int = 0, sample: Tensor | None = None
+    subject: Subject, hook_point: str, latents: int, activation: Activation, k: int = 32, seed: int = 0
 ) -> PlainDictionary:
-    """Return a dictionary of random directions that fires about `k` latents a token: a control, and for benchmarks."""
-    raise NotImplementedError
+    """Return a dictionary of random directions: the control that says nothing, and for benchmarks.
+
+    About `k` latents fire on a token (exactly as many for TopK). Their rates are unequal as a trained dictionary's are:
+    log-normal around `k / latents`, set by the mean and covariance of the subject's own vectors on random tokens, so
+    that directions of large variance do not fire always and the others never.
+
+    Raises:
+        UserError: the subject lacks the hook point, or TopK is to keep more than all latents.
+    """
+    rng = generator(seed, "random_dictionary", hook_point, latents)
+    width = subject.width(hook_point)
+    x = _vectors_on_random_tokens(subject, hook_point, rng)
+    shift = x.mean(0)
+    directions = torch.from_numpy(rng.standard_normal((latents, width), dtype=np.float32))
+    directions /= directions.norm(dim=-1, keepdim=True)
+    covariance = (x - shift).T @ (x - shift) / len(x)
+    spread = ((directions @ covariance) * directions).sum(-1).clamp_min(1e-12).sqrt()
+    wanted = torch.from_numpy(rng.lognormal(-0.5, 1.0, latents)).float() * k / latents
+    # Pre-activations are close to standard normal after the division by `spread`: the tail above this is as wanted.
+    threshold = -torch.special.ndtri(wanted.clamp(1e-7, 0.5))
+    facts = {"random": seed, "latents": latents, "activation": activation, "k": k, "width": width}
+    return PlainDictionary(
+        name=f"random-{activation}-{latents}-seed{seed}",
+        fingerprint=dictionary_fingerprint({"directions": directions}, facts, hook_point, subject),
+        hook_point=hook_point,
+        encoder=(directions / spread[:, None]).T.contiguous(),
+        encoder_bias=torch.zeros(latents) if activation == "jumprelu" else -threshold,
+        decoder=directions,
+        decoder_bias=shift,
+        activation=activation,
+        k=k if activation == "topk" else None,
+        threshold=threshold if activation == "jumprelu" else None,
+        input_shift=shift,
+    ).to(subject.device, subject.dtype)
+
+
+def _vectors_on_random_tokens(subject: Subject, hook_point: str, rng: np.random.Generator) -> Tensor:
+    """Return vectors at the hook point, shape (32 contexts of up to 128 tokens, width), in float32 on the CPU."""
+    length = min(128, subject.max_context)
+    tokens = rng.integers(0, len(subject.pieces), (32, length))
+    tokens %= int(subject.bridge.cfg.d_vocab)
+    return subject.residual(torch.from_numpy(tokens), hook_point).flatten(0, 1).float().cpu().clone()

@@ -16,6 +16,7 @@ from torch import Tensor
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.seeds import digest
 from exegete.tools.tokenizers import special_tokens, token_pieces, tokenizer_digest
+from exegete.tools.weights import require_finite, weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +148,7 @@ def load_subject(
     if folder and not any(folder.glob("*.safetensors")):
         raise UserError(f"model folder {name_or_path!r} has no *.safetensors; save it with model.save_pretrained()")
     tokenizer, bridge = _boot(source, name_or_path, device, dtype, revision)
-    _require_finite(bridge.original_model, name_or_path)
+    require_finite(dict(bridge.original_model.named_parameters()), f"model {name_or_path!r}")
     content = _folder_digest(folder) if folder else digest("hub", name_or_path, commit or "")
     subject = Subject(bridge, tokenizer, name_or_path, content, commit)
     return _processed(subject, processing)
@@ -164,11 +165,11 @@ def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Seq
     parameter = next(model.parameters())
     device = str(parameter.device)
     _check(device, str(parameter.dtype).removeprefix("torch."), processing)
-    _require_finite(model, name)
+    require_finite(dict(model.named_parameters()), f"model {name!r}")
     content = digest(
         str(model.config.to_json_string(use_diff=False)),
         tokenizer_digest(tokenizer),
-        *(part for key, value in sorted(model.state_dict().items()) for part in (key, tensor_bytes(value))),
+        weights_digest(model.state_dict()),
     )
     # As `boot_transformers` loads: the bridge's hooks see nothing of fused attention kernels.
     model.set_attn_implementation("eager")
@@ -177,13 +178,6 @@ def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Seq
             name, hf_model=model.eval(), tokenizer=_for_bridge(tokenizer), device=device, dtype=parameter.dtype
         )
     return _processed(Subject(bridge, tokenizer, name, content), processing)
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """Return the raw bytes of a tensor, preceded by its number format and shape, for digests."""
-    flat = tensor.detach().cpu().contiguous()
-    data: bytes = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data
 
 
 def _check(device: str, dtype: str, processing: Sequence[str]) -> None:
@@ -258,12 +252,6 @@ def _for_bridge(tokenizer: Any) -> Any:
     copied = copy.deepcopy(tokenizer)
     copied.bos_token = None
     return copied
-
-
-def _require_finite(model: Any, name: str) -> None:
-    for key, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"model {name!r} has NaN or infinite weights in {key!r}; fetch or export it again")
 
 
 def _folder_digest(folder: Path) -> str:
