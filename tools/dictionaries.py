@@ -95,7 +95,10 @@ class Dictionary(Protocol):
         ...
 
     def decode(self, z: Tensor, given: Tensor | None = None) -> Tensor:
-        """Return the reconstruction, shape (…, latent) → (…, width out). `given`: the input; needed where `conditioned`."""
+        """Return the reconstruction, shape (…, latent) → (…, width out).
+
+        `given` is the input that `z` is of, shape (…, width); needed where `conditioned`.
+        """
         ...
 
 
@@ -351,7 +354,9 @@ def random_dictionary(
         fingerprint=dictionary_fingerprint({"directions": directions}, facts, hook_point, subject),
         hook_point=hook_point,
         encoder=(directions / spread[:, None]).T.contiguous(),
-        encoder_bias=torch.zeros(latents) if activation == "jumprelu" else -threshold,
+        encoder_bias={"jumprelu": 0 * threshold, "relu": -threshold, "topk": threshold.median() - threshold}[
+            activation
+        ],
         decoder=directions,
         decoder_bias=shift,
         activation=activation,

@@ -137,7 +137,8 @@ def load_sparsify_folder(folder: Path, name: str, subject: Subject) -> Dictionar
 def _sparsify_variant(plain: PlainDictionary, configuration: Mapping[str, Any], skip: Tensor | None) -> Dictionary:
     """Return `plain` itself, or what sparsify's rarer options make of it."""
     activation = configuration.get("activation", "topk")
-    encode, k = plain.encode, plain.k
+    encode: Callable[[Tensor], Tensor] = plain.encode
+    k = plain.k
     assert k is not None
     if activation == "groupmax":
         encode = _group_maxima(plain, k)
@@ -182,7 +183,8 @@ def _group_maxima(plain: PlainDictionary, groups: int) -> Callable[[Tensor], Ten
     """One latent of each of `groups` equal runs of latents fires: the largest."""
 
     def encode(x: Tensor) -> Tensor:
-        grouped = plain.preactivations(x).relu().unflatten(-1, (groups, -1))
+        grouped = plain.preactivations(x).relu()
+        grouped = grouped.reshape(*grouped.shape[:-1], groups, -1)
         values, places = grouped.max(dim=-1, keepdim=True)
         return torch.zeros_like(grouped).scatter_(-1, places, values).flatten(-2)
 

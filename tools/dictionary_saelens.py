@@ -108,6 +108,7 @@ def dictionary_of_sae(sae: Any, name: str, subject: Subject) -> Dictionary:
     require_fit(name, sae.cfg.d_in, hook_point, subject)
     _require_processing(name, metadata.get("model_from_pretrained_kwargs") or {}, subject)
     facts = {key: value for key, value in configuration.items() if key not in ("metadata", "device")}
+    facts["hook_name_out"] = metadata.get("hook_name_out")
     fingerprint = dictionary_fingerprint(weights, facts, hook_point, subject)
     if sae.cfg.architecture() in _PLAIN and sae.cfg.normalize_activations == "none":
         return _plain(sae, name, fingerprint, hook_point).to(subject.device, subject.dtype)
@@ -151,7 +152,9 @@ def _opaque(sae: Any, name: str, fingerprint: str, hook_point: str, subject: Sub
             # SAELens keeps each token's scale from its last call to encode, once; set it for this input.
             sae.run_time_activation_norm_fn_in(_given(given, sae))
         decoded: Tensor = sae.decode(z)
-        return decoded + _given(given, sae) @ sae.W_skip.T if skips else decoded
+        if skips:
+            decoded = decoded + _given(given, sae) @ sae.W_skip.T
+        return decoded
 
     return OpaqueDictionary(
         name=name,
@@ -171,13 +174,14 @@ def _opaque(sae: Any, name: str, fingerprint: str, hook_point: str, subject: Sub
 
 def _given(given: Tensor | None, sae: Any) -> Tensor:
     assert given is not None  # OpaqueDictionary.decode has asked for it
-    return given.to(sae.W_dec.dtype)
+    converted: Tensor = given.to(sae.W_dec.dtype)
+    return converted
 
 
 def _directions(sae: Any) -> Tensor:
     decoder: Tensor = sae.W_dec.detach()
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return decoder / decoder.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        decoder = decoder / decoder.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     return decoder
 
 
@@ -185,8 +189,8 @@ def _require_supported(name: str, configuration: Any, metadata: Mapping[str, Any
     normalisation = configuration.normalize_activations
     if normalisation in _TO_BE_FOLDED:
         raise UserError(
-            f"dictionary {name!r} expects inputs normalised by {normalisation!r}, and its file does not hold the factor; "
-            f"fold it first (sae.fold_activation_norm_scaling_factor(factor) or fold_activation_whitening) and save it"
+            f"dictionary {name!r} expects inputs normalised by {normalisation!r}, and does not hold the factor; "
+            f"fold it (sae.fold_activation_norm_scaling_factor(factor) or fold_activation_whitening) and save it"
         )
     if normalisation not in ("none", *_AT_RUN_TIME):
         raise UserError(f"dictionary {name!r} normalises its input by {normalisation!r}, which is not known here")

@@ -25,8 +25,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     parts: list[str] = []
     for name in sorted(weights):
         flat = weights[name].detach().cpu().contiguous()
-        data = memoryview(flat.reshape(-1).view(torch.uint8).numpy())
-        parts += [name, str(flat.dtype), str(tuple(flat.shape)), hashlib.sha256(data).hexdigest()]
+        state = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().data)
+        parts += [name, str(flat.dtype), str(tuple(flat.shape)), state.hexdigest()]
     return digest(*parts)
 
 
