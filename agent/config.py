@@ -1,0 +1,173 @@
+"""The configuration of a labeling run: one TOML file, every field documented where it stands."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exegete.tools.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    """A table of the configuration: no unknown keys, no silent conversion, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SubjectConfig(Section):
+    """The language model under study."""
+
+    name: str
+    """Hugging Face name or local folder of a causal language model; `bundled` is the subject that ships with Exegete."""
+    revision: str | None = None
+    """Commit or tag on the hub; the newest where it is left out."""
+    device: str = "cpu"
+    """Torch device: `cpu`, `cuda`, `cuda:1`, `mps`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of weights and activations."""
+
+
+class DictionaryConfig(Section):
+    """The sparse dictionary whose latents are labeled."""
+
+    path: str
+    """SAELens `release/id` or folder, sparsify folder, safetensors + JSON folder; `bundled:demo` and `bundled:tests` ship with Exegete."""
+
+
+class CorpusConfig(Section):
+    """The text that the subject reads."""
+
+    source: str
+    """`.txt`, `.json`, `.jsonl` (also `.gz`, `.zst`), `.parquet`, or `hf:NAME[:SPLIT]`; `bundled` generates requests from the grammar."""
+    text_field: str = "text"
+    """The field of a record that holds its text."""
+    documents: int | None = Field(default=None, gt=0)
+    """Read at most this many documents; all where it is left out."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Stop after this many tokens; never where it is left out."""
+
+
+class EvidenceConfig(Section):
+    """What the activation pass keeps for each latent (PROTOCOLS §1)."""
+
+    explain: int = Field(default=40, ge=2)
+    """Firing windows that an explainer sees, spread evenly over ten quantiles of the peak."""
+    refine: int = Field(default=40, ge=2)
+    """Firing windows of the refine split."""
+    test: int = Field(default=100, ge=2)
+    """Firing windows of the test split, and as many non-firing ones."""
+    slices: int = Field(default=8, ge=1)
+    """The corpus is passed over in this many slices; a restart redoes at most one. Does not change the result."""
+    batch: int = Field(default=4, ge=1)
+    """Contexts in one forward pass; a multiple of 4. Does not change the result."""
+
+
+class LabelConfig(Section):
+    """How explanations are written and scored."""
+
+    explainer: str = "lexical"
+    """Who writes the explanations: `lexical`, `token_list` or `given`."""
+    judge: str = "predicate"
+    """Who judges them: `predicate`."""
+    evaluators: tuple[str, ...] = ("detection", "fuzzing")
+    """Which scores are computed."""
+    limit: int | None = Field(default=None, gt=0)
+    """Label only this many latents, drawn by the seed; all where it is left out."""
+    concurrency: int = Field(default=64, ge=1)
+    """Latents in flight at once. Does not change the result."""
+    floors: int = Field(default=100, ge=0)
+    """Latents on which the floors are scored as well (PROTOCOLS §11)."""
+
+
+class RunConfig(Section):
+    """One run. `subject`, `dictionary` and `corpus` may be left out where the store already holds evidence."""
+
+    subject: SubjectConfig | None = None
+    dictionary: DictionaryConfig | None = None
+    corpus: CorpusConfig | None = None
+    evidence: EvidenceConfig = EvidenceConfig()
+    label: LabelConfig = LabelConfig()
+    seed: int = Field(default=0, ge=0)
+    """Every random choice derives from it."""
+    store: str = "store"
+    """Folder of the store, relative to the working directory."""
+
+
+def load_config(file: Path | None, assignments: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return the configuration in `file` with `section.key=value` assignments, then `overrides`, laid over it.
+
+    `overrides` maps dotted keys to values; None values are skipped.
+
+    Raises:
+        UserError: the file is missing or no TOML, a key is unknown (the nearest is named), or a value does not fit.
+    """
+    tree = _read(file) if file else {}
+    for assignment in assignments:
+        key, found, text = assignment.partition("=")
+        if not found:
+            raise UserError(f"--set {assignment!r}: expected key=value, for example --set label.limit=100")
+        _assign(tree, key.strip(), _value(text.strip()))
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _assign(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(file) if file else "the options")) from error
+
+
+def dotted_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, str]:
+    """Return every configuration key as `section.key` → what it means."""
+    keys: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            keys[prefix + name] = field.description or ""
+        else:
+            keys.update(dotted_keys(inner, f"{prefix}{name}."))
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file {str(file)!r}; `examples/` has some to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(file)!r} is not TOML: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key!r}: {section!r} is a value, not a table")
+    tree[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = nearest(key, dotted_keys()) or nearest(key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in dotted_keys()})
+        return f"{source}: unknown key {key!r}.{near}"
+    return f"{source}: {key} = {first.get('input')!r}: {first['msg']}"
