@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -200,6 +200,13 @@ class Evidence:
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             message = f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume"
             raise UserError(message) from error
+
+
+def restrict(evidence: LatentEvidence, purpose: Purpose) -> LatentEvidence:
+    """Return `evidence` without the windows that `purpose` may not see; asking the result for one of them raises."""
+    visible = VISIBLE[purpose]
+    kept = tuple(window for window in evidence.windows if window.split in visible)
+    return replace(evidence, windows=kept, sealed=evidence.sealed | (frozenset(SPLITS) - frozenset(visible)))
 
 
 def _window(item: Mapping[str, Any], tokens: tuple[str, ...], document: str | None) -> Window:
