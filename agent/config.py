@@ -5,11 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exegete.tools.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from exegete.tools.pass_settings import PassSettings
 
 
 class Section(BaseModel):
@@ -52,18 +55,27 @@ class CorpusConfig(Section):
 
 
 class EvidenceConfig(Section):
-    """What the activation pass keeps for each latent (PROTOCOLS §1)."""
+    """What the activation pass keeps for each latent (PROTOCOLS §1). Triples are for the splits explain, refine, test."""
 
-    explain: int = Field(default=40, ge=2)
-    """Firing windows that an explainer sees, spread evenly over ten quantiles of the peak."""
-    refine: int = Field(default=40, ge=2)
-    """Firing windows of the refine split."""
-    test: int = Field(default=100, ge=2)
-    """Firing windows of the test split, and as many non-firing ones."""
-    slices: int = Field(default=8, ge=1)
-    """The corpus is passed over in this many slices; a restart redoes at most one. Does not change the result."""
-    batch: int = Field(default=4, ge=1)
-    """Contexts in one forward pass; a multiple of 4. Does not change the result."""
+    firing: tuple[int, int, int] = (40, 40, 100)
+    """Firing windows, spread evenly over ten quantiles of the peak."""
+    top: tuple[int, int, int] = (20, 10, 10)
+    """Windows of highest peak."""
+    random: tuple[int, int, int] = (40, 40, 100)
+    """Random windows on which the latent does not fire."""
+    hard: tuple[int, int, int] = (16, 16, 16)
+    """Non-firing windows with the latent's top tokens, or on which its nearest latents fire."""
+    slices: int | None = Field(default=None, ge=1)
+    """Pieces of the corpus; a restart redoes at most one. One per million tokens where it is left out. Does not change the result."""
+    batch: int | None = Field(default=None, ge=1)
+    """Contexts read at a time, a multiple of 4 (of 32 on a GPU). Does not change the result."""
+
+    def settings(self, seed: int) -> PassSettings:
+        """Return these settings as the activation pass takes them."""
+        from exegete.tools.pass_settings import EvidenceCounts, PassSettings
+
+        counts = EvidenceCounts(firing=self.firing, top=self.top, random=self.random, hard=self.hard)
+        return PassSettings(seed=seed, counts=counts, slices=self.slices, batch=self.batch)
 
 
 class LabelConfig(Section):

@@ -19,7 +19,7 @@ from exegete.tools.windows import LatentEvidence
 Baseline = Literal["shuffled", "sibling", "constant", "token_list"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
-CONSTANT = Explanation("Any token of any text.", predicate="any", explainer="constant")
+CONSTANT = Explanation("Any token of any text.", predicate="always", explainer="constant")
 """Says the same of every latent; as a predicate it matches everywhere, so its balanced accuracy is exactly one half."""
 
 

@@ -1,0 +1,174 @@
+"""From a configuration to evidence in the store: subject, dictionary, corpus, activation pass, merge.
+
+Every step is found done when it was done before: the corpus by its inputs, the pass by its slices, the evidence by its marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exegete.agent.config import RunConfig
+from exegete.agent.progress import Progress
+from exegete.tools.errors import UserError
+from exegete.tools.evidence import Evidence
+from exegete.tools.seeds import digest
+from exegete.tools.store import DictionaryRecord, Store, Writer
+
+if TYPE_CHECKING:
+    from exegete.tools.corpus import Corpus
+    from exegete.tools.dictionaries import Dictionary
+    from exegete.tools.subject import Subject
+
+BUNDLED = "bundled"
+BUNDLED_DOCUMENTS = 20_000
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what is finished is kept, and the same command goes on from there."""
+
+
+def gather_evidence(
+    config: RunConfig, store: Store, writer: Writer, progress: Progress, stop: Callable[[], bool]
+) -> list[Evidence]:
+    """Return the evidence that the run is to label: of the configured dictionary, else all that the store holds.
+
+    Raises:
+        UserError: nothing is configured and the store holds no evidence; or the store's evidence of this dictionary comes
+            from another corpus or other settings.
+        Interrupted: `stop` answered True during the pass.
+    """
+    if config.subject is None or config.dictionary is None or config.corpus is None:
+        return _evidence_in_store(config, store)
+    progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
+    subject = _subject(config)
+    dictionary = _dictionary(config, subject)
+    corpus = _corpus(config, store, subject, progress)
+    return [_pass(config, store, writer, progress, stop, subject, dictionary, corpus)]
+
+
+def _evidence_in_store(config: RunConfig, store: Store) -> list[Evidence]:
+    missing = [name for name in ("subject", "dictionary", "corpus") if getattr(config, name) is None]
+    if len(missing) < 3:
+        raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")
+    found = [Evidence.open(marker.parent) for marker in sorted(store.folder.glob("evidence/*/evidence.json"))]
+    if not found:
+        raise UserError(
+            f"store {str(store.folder)!r} holds no evidence and no [subject], [dictionary], [corpus] are configured; "
+            "name a configuration or run `exegete evidence import` first"
+        )
+    return found
+
+
+def _subject(config: RunConfig) -> Subject:
+    from exegete.tools.subject import load_subject
+
+    assert config.subject is not None
+    wanted = config.subject
+    name = wanted.name
+    if name == BUNDLED:
+        from exegete.tools import bundled
+
+        name = str(bundled.subject_path())
+    return load_subject(name, device=wanted.device, dtype=wanted.dtype, revision=wanted.revision)
+
+
+def _dictionary(config: RunConfig, subject: Subject) -> Dictionary:
+    from exegete.tools import bundled
+    from exegete.tools.dictionary_loaders import load_dictionary
+
+    assert config.dictionary is not None
+    path = config.dictionary.path
+    if path == f"{BUNDLED}:demo":
+        path = str(bundled.dictionary_path("demo"))
+    elif path == f"{BUNDLED}:tests":
+        path = str(bundled.dictionary_path("tests"))
+    return load_dictionary(path, subject)
+
+
+def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progress) -> Corpus:
+    from exegete.tools.corpus import build_corpus
+
+    assert config.corpus is not None
+    wanted = config.corpus
+    source = wanted.source
+    if source == BUNDLED:
+        source = str(_bundled_text(store, config.seed, wanted.documents or BUNDLED_DOCUMENTS))
+    name = digest(config.corpus.model_dump_json(), subject.fingerprint, str(config.seed)).removeprefix("sha256:")[:16]
+    corpus = build_corpus(
+        source,
+        subject,
+        store.corpora / name,
+        seed=config.seed,
+        text_field=wanted.text_field,
+        limit_documents=wanted.documents,
+        limit_tokens=wanted.tokens,
+    )
+    progress.say(f"corpus: {corpus.contexts:,} contexts of {corpus.context_tokens} tokens; {_counted(corpus.counts)}")
+    return corpus
+
+
+def _bundled_text(store: Store, seed: int, documents: int) -> Path:
+    from exegete.tools import bundled
+
+    path = store.corpora / f"bundled-{seed}-{documents}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        bundled.write_corpus(unfinished, seed, documents)
+        unfinished.rename(path)
+    return path
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items() if isinstance(value, int))
+
+
+def _pass(
+    config: RunConfig,
+    store: Store,
+    writer: Writer,
+    progress: Progress,
+    stop: Callable[[], bool],
+    subject: Subject,
+    dictionary: Dictionary,
+    corpus: Corpus,
+) -> Evidence:
+    from exegete.tools.activations import run_pass
+    from exegete.tools.merging import merge
+
+    settings = config.evidence.settings(config.seed)
+    folder = store.evidence_folder(dictionary.fingerprint)
+    working = store.passes / digest(dictionary.fingerprint, corpus.fingerprint, repr(settings.identity()))[7:23]
+    wanted = {"corpus": corpus.fingerprint, "settings": settings.identity()}
+    if (folder / "evidence.json").exists():
+        return _require_same(Evidence.open(folder), wanted, config)
+    with progress.stage("activation pass", corpus.contexts, "contexts") as advance:
+        finished = run_pass(subject, dictionary, corpus, working, settings, progress=advance, stop=stop)
+    if not finished:
+        raise Interrupted
+    progress.say("merging the evidence")
+    merge(working, folder, subject, dictionary, corpus, settings, provenance=wanted)
+    assert config.dictionary is not None
+    writer.add_dictionary(
+        DictionaryRecord(
+            dictionary.fingerprint,
+            config.dictionary.path,
+            dictionary.latents,
+            subject.name,
+            dictionary.hook_point,
+            provenance=wanted,
+        )
+    )
+    return Evidence.open(folder)
+
+
+def _require_same(evidence: Evidence, wanted: Mapping[str, Any], config: RunConfig) -> Evidence:
+    for name, value in wanted.items():
+        if evidence.provenance.get(name) != value:
+            raise UserError(
+                f"store {config.store!r} holds evidence of this dictionary from another {name} "
+                f"({evidence.provenance.get(name)!r}, now {value!r}); give this run a store of its own with --store"
+            )
+    return evidence

@@ -1,0 +1,78 @@
+"""The headline of a run: every figure beside its floors, its interval and its n (PROTOCOLS §11, §13)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from exegete.evaluators.baselines import BASELINES
+from exegete.evaluators.statistics import Interval, mean_interval, paired_interval
+from exegete.tools.seeds import generator
+from exegete.tools.store import Writer
+
+
+def summarise(writer: Writer, run_id: str, dictionary: str, seed: int) -> dict[str, Any]:
+    """Return the figures of one dictionary's run.
+
+    `outcomes`: status → latents; `types`: type → latents; per evaluator the mean balanced accuracy over latents with its
+    interval and n, and per floor the mean and the paired difference over the latents that have both.
+    """
+    own: dict[str, dict[int, float]] = {}
+    floors: dict[tuple[str, str], dict[int, float]] = {}
+    for latent, evaluator, baseline, value, _ in writer.balanced_accuracies(run_id, dictionary):
+        if baseline is None:
+            own.setdefault(evaluator, {})[latent] = value
+        else:
+            floors.setdefault((evaluator, baseline), {})[latent] = value
+    outcomes, types = writer.outcomes(run_id, dictionary)
+    evaluators = {
+        name: _evaluator(name, scores, floors, generator(seed, "summary", dictionary, name))
+        for name, scores in sorted(own.items())
+    }
+    return {"outcomes": outcomes, "types": types, "evaluators": evaluators}
+
+
+def _evaluator(
+    name: str, scores: dict[int, float], floors: dict[tuple[str, str], dict[int, float]], rng: np.random.Generator
+) -> dict[str, Any]:
+    values = np.array(list(scores.values()), dtype=np.float64)
+    figures: dict[str, Any] = {"balanced_accuracy": _figure(mean_interval(values, rng), len(values)), "floors": {}}
+    for baseline in BASELINES:
+        floor = floors.get((name, baseline), {})
+        shared = sorted(floor.keys() & scores.keys())
+        if not shared:
+            continue
+        here = np.array([scores[latent] for latent in shared])
+        there = np.array([floor[latent] for latent in shared])
+        figures["floors"][baseline] = {
+            "balanced_accuracy": _figure(mean_interval(there, rng), len(shared)),
+            "above": _figure(paired_interval(here, there, rng), len(shared)),
+        }
+    return figures
+
+
+def _figure(interval: Interval, n: int) -> dict[str, Any]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": n}
+
+
+def headline(figures: dict[str, Any]) -> list[str]:
+    """Return the figures of `summarise` as lines for a terminal."""
+    lines = [_counts("latents", figures["outcomes"]), _counts("types", figures["types"])]
+    for name, evaluator in figures["evaluators"].items():
+        lines.append(f"{name}: mean balanced accuracy {_text(evaluator['balanced_accuracy'])}")
+        for baseline, floor in evaluator["floors"].items():
+            lines.append(f"  {baseline:<10} {_text(floor['balanced_accuracy'])}; above it by {_text(floor['above'])}")
+    return lines
+
+
+def _counts(name: str, counts: Counter[str] | dict[str, int]) -> str:
+    return f"{name}: " + (", ".join(f"{count:,} {key}" for key, count in sorted(counts.items())) or "none")
+
+
+def _text(figure: dict[str, Any]) -> str:
+    if figure["value"] is None:
+        return "undefined"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] (n = {figure['n']:,})"
+
