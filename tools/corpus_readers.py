@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.seeds import digest
@@ -249,7 +249,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     with path.open("rb") as raw:
         if _end(path) == ".jsonl.gz":
             with gzip.open(raw) as file:
-                yield file
+                yield cast("IO[bytes]", file)
         elif _end(path) == ".jsonl.zst":
             decompressed = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             yield io.BufferedReader(decompressed)
