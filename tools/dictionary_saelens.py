@@ -34,6 +34,7 @@ _PLAIN: Mapping[str, Activation] = {
 """Architectures of one affine map, and what follows it."""
 
 _AT_RUN_TIME = ("layer_norm", "constant_norm_rescale")
+_TEMPORAL_ONLY = "constant_scalar_rescale"
 _TO_BE_FOLDED = ("expected_average_only_in", "covariance_whitening")
 _HARMLESS = {
     *("device", "dtype", "torch_dtype", "n_devices", "device_map", "trust_remote_code"),
@@ -144,7 +145,7 @@ def _opaque(sae: Any, name: str, fingerprint: str, hook_point: str, subject: Sub
     # The subject hands over the heads of `hook_z` concatenated already.
     sae.turn_off_forward_pass_hook_z_reshaping()
     architecture = sae.cfg.architecture()
-    normalised = sae.cfg.normalize_activations in _AT_RUN_TIME and architecture != "temporal"
+    normalised = sae.cfg.normalize_activations in _AT_RUN_TIME
     skips = hasattr(sae, "W_skip")
 
     def decode(z: Tensor, given: Tensor | None) -> Tensor:
@@ -182,6 +183,8 @@ def _directions(sae: Any) -> Tensor:
     decoder: Tensor = sae.W_dec.detach()
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         decoder = decoder / decoder.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    if sae.cfg.normalize_activations == _TEMPORAL_ONLY:
+        decoder = decoder / sae.cfg.activation_normalization_factor
     return decoder
 
 
@@ -192,7 +195,8 @@ def _require_supported(name: str, configuration: Any, metadata: Mapping[str, Any
             f"dictionary {name!r} expects inputs normalised by {normalisation!r}, and does not hold the factor; "
             f"fold it (sae.fold_activation_norm_scaling_factor(factor) or fold_activation_whitening) and save it"
         )
-    if normalisation not in ("none", *_AT_RUN_TIME):
+    known = ("none", *_AT_RUN_TIME, *([_TEMPORAL_ONLY] if configuration.architecture() == "temporal" else []))
+    if normalisation not in known:
         raise UserError(f"dictionary {name!r} normalises its input by {normalisation!r}, which is not known here")
     if metadata.get("hook_head_index") is not None:
         raise UserError(
