@@ -274,7 +274,8 @@ def _separated(file: IO[bytes], separator: bytes) -> Iterator[bytes]:
             cut = _boundary(rest)
             yield rest[:cut].strip(b"\r\n")
             rest = rest[cut:]
-    yield rest.strip(b"\r\n")
+    if rest.strip():
+        yield rest.strip(b"\r\n")
 
 
 def _gathered(file: IO[bytes]) -> Iterator[bytes]:
@@ -290,7 +291,8 @@ def _gathered(file: IO[bytes]) -> Iterator[bytes]:
         if (ends_paragraph and size >= GATHERED_CHARACTERS) or size >= LONGEST_DOCUMENT:
             yield b"".join(held).strip(b"\r\n")
             held, size = [], 0
-    yield b"".join(held).strip(b"\r\n")
+    if size:
+        yield b"".join(held).strip(b"\r\n")
 
 
 def _boundary(data: bytes) -> int:
