@@ -41,7 +41,7 @@ def write_evidence(
     extra: Mapping[str, Batches] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write one finished evidence folder, atomically.
+    """Write one finished evidence folder, atomically. Iterables are drawn in turn: vocabulary, items, latents, windows.
 
     Args:
         folder: where; its parent is made where missing.
@@ -69,8 +69,8 @@ def write_evidence(
     temporary.mkdir()
     try:
         write_table(temporary / "vocabulary.parquet", VOCABULARY, vocabulary)
-        write_table(temporary / "latents.parquet", LATENTS, _ascending(latents, "latent", strict=True))
         _write_items(temporary, _ascending(items, "latent", strict=False))
+        write_table(temporary / "latents.parquet", LATENTS, _ascending(latents, "latent", strict=True))
         write_table(temporary / "windows.parquet", WINDOWS, _ascending(windows, "window", strict=True))
         _write_arrays(temporary)
         for name, rows in (extra or {}).items():
