@@ -109,7 +109,9 @@ class RunConfig(Section):
     """Folder of the store, relative to the working directory."""
 
 
-def load_config(file: Path | None, assignments: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(
+    file: Path | None, assignments: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Return the configuration in `file` with `section.key=value` assignments, then `overrides`, laid over it.
 
     `overrides` maps dotted keys to values; None values are skipped.
@@ -180,6 +182,8 @@ def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = nearest(key, dotted_keys()) or nearest(key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in dotted_keys()})
+        near = nearest(key, dotted_keys()) or nearest(
+            key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in dotted_keys()}
+        )
         return f"{source}: unknown key {key!r}.{near}"
     return f"{source}: {key} = {first.get('input')!r}: {first['msg']}"

@@ -107,5 +107,7 @@ def _record(bench: Workbench, state: LabelState) -> LatentRecord:
         "labeled",
         explanations=[(explanation, identity)],
         scores=[(identity, score) for _, evaluation in evaluations for score in evaluation.scores],
-        verdicts=[VerdictRecord(identity, name, item) for name, evaluation in evaluations for item in evaluation.verdicts],
+        verdicts=[
+            VerdictRecord(identity, name, item) for name, evaluation in evaluations for item in evaluation.verdicts
+        ],
     )

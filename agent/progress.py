@@ -51,7 +51,9 @@ class Lines:
             now = time.monotonic()
             if now - last >= self._every_s:
                 last = now
-                self.say(f"{name}: {finished:,} of {total:,} {unit}{_pace(finished - done, total - finished, now - began)}")
+                self.say(
+                    f"{name}: {finished:,} of {total:,} {unit}{_pace(finished - done, total - finished, now - began)}"
+                )
 
         yield advance
         self.say(f"{name}: {finished:,} of {total:,} {unit}, {time.monotonic() - began:.1f} s")

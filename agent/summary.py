@@ -75,4 +75,3 @@ def _text(figure: dict[str, Any]) -> str:
     if figure["value"] is None:
         return "undefined"
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] (n = {figure['n']:,})"
-

@@ -12,7 +12,9 @@ from exegete.tools.explainers import Explanation
 from exegete.tools.windows import LatentEvidence, Window
 
 Task = Literal["detection", "fuzzing"]
-VerdictStatus = Literal["ok", "unparsed", "wrong_length", "refused", "truncated", "filtered", "empty", "error", "no_predicate"]
+VerdictStatus = Literal[
+    "ok", "unparsed", "wrong_length", "refused", "truncated", "filtered", "empty", "error", "no_predicate"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,9 @@ async def _judge(
     prompts = [shuffled[at : at + per_prompt] for at in range(0, len(shuffled), per_prompt)]
     answers = await asyncio.gather(
         *(
-            judge.judge(task, explanation, [Item(q.window.tokens, q.marks) for q in prompt], derive_seed(seed, task, number))
+            judge.judge(
+                task, explanation, [Item(q.window.tokens, q.marks) for q in prompt], derive_seed(seed, task, number)
+            )
             for number, prompt in enumerate(prompts)
         )
     )

@@ -1,0 +1,228 @@
+"""The command line. Commands import what they need when they run, so that `exegete --help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exegete.tools.errors import ExegeteError
+
+if TYPE_CHECKING:
+    from exegete.agent.config import RunConfig
+
+app = typer.Typer(
+    name="exegete",
+    help="Write, test and keep natural-language explanations of the latents of sparse dictionaries.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+evidence_app = typer.Typer(help="Bring evidence in from elsewhere, or hand it on, as JSON lines.", no_args_is_help=True)
+app.add_typer(evidence_app, name="evidence")
+
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration, e.g. label.limit=100.")
+]
+
+DEMO_STORE = Path("demo-store")
+DEFAULT_STORE = Path("store")
+
+
+class Format(StrEnum):
+    """How rows are written."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+@app.command()
+def demo(store: StoreOption = DEMO_STORE, assignments: SetOption = None) -> None:
+    """Label the bundled dictionary end to end: no key, no network, no GPU. Run it again to go on or to see it again."""
+    from exegete.agent.config import load_config
+
+    bundled = {
+        "subject.name": "bundled",
+        "dictionary.path": "bundled:demo",
+        "corpus.source": "bundled",
+        "store": str(store),
+    }
+    _run(load_config(None, assignments or (), bundled))
+    _say(_report(store, store / "report.html"))
+
+
+@app.command()
+def label(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; without one, the evidence in the store is labeled.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Folder of the store.")] = None,
+    explainer: Annotated[str | None, typer.Option(help="Who writes the explanations.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Who judges them.")] = None,
+    evaluators: Annotated[str | None, typer.Option(help="Scores to compute, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Label only this many latents, drawn by the seed.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    assignments: SetOption = None,
+) -> None:
+    """Explain and score every latent of a dictionary. Repeating it on the same store goes on where it ended."""
+    from exegete.agent.config import load_config
+
+    overrides = {
+        "store": str(store) if store else None,
+        "label.explainer": explainer,
+        "label.judge": judge,
+        "label.evaluators": evaluators.split(",") if evaluators else None,
+        "label.limit": limit,
+    }
+    settled = load_config(config, assignments or (), overrides)
+    if dry_run:
+        from exegete.agent.planning import plan
+
+        _say("\n".join(plan(settled)))
+    else:
+        _run(settled)
+
+
+@app.command()
+def resume(store: StoreOption = DEFAULT_STORE) -> None:
+    """Go on with the newest run of a store, with the configuration it was begun with."""
+    from exegete.agent.config import RunConfig
+    from exegete.agent.inspection import newest_config
+
+    _run(RunConfig.model_validate({**newest_config(store), "store": str(store)}))
+
+
+@app.command()
+def status(store: StoreOption = DEFAULT_STORE) -> None:
+    """Say how far the runs of a store are; works while one is going on."""
+    from exegete.agent.inspection import status_lines
+
+    _say("\n".join(status_lines(store)))
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help='A query on the views; `exegete sql "SHOW TABLES"` lists them.')],
+    store: StoreOption = DEFAULT_STORE,
+    format: Annotated[Format, typer.Option(help="How rows are written.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+) -> None:
+    """Ask the results anything in SQL; works while a run goes on."""
+    from exegete.agent.sql import run_sql
+
+    _say(run_sql(store, query, format.value, output))
+
+
+@app.command()
+def show(
+    latent: Annotated[int, typer.Argument(help="Number of the latent.")],
+    store: StoreOption = DEFAULT_STORE,
+    dictionary: Annotated[
+        str | None, typer.Option(help="Fingerprint (or its start) or name, where the store has several.")
+    ] = None,
+) -> None:
+    """Show the card of one latent: statistics, explanation, scores and marked windows."""
+    from exegete.agent.card import card
+
+    _say(card(store, latent, dictionary))
+
+
+@app.command()
+def report(
+    store: StoreOption = DEFAULT_STORE,
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; `report.html` in the store where it is left out.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: scores against floors, firing densities, best and worst latents."""
+    _say(_report(store, output or store / "report.html"))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which device there is, and what is missing."""
+    from exegete.agent.doctor import findings
+
+    lines, missing = findings()
+    _say("\n".join(lines))
+    if missing:
+        raise typer.Exit(1)
+
+
+@evidence_app.command("import")
+def import_evidence(
+    file: Annotated[Path, typer.Argument(help="JSON lines, one latent a line; .gz and .zst are read as well.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Bring evidence into a store; `exegete label --store` then needs neither model nor dictionary."""
+    from exegete.tools.interchange import import_evidence
+
+    for brought in import_evidence(file, store):
+        _say(f"{brought.name}: {brought.latents:,} latents, {brought.windows:,} windows → {brought.folder}")
+
+
+@evidence_app.command("export")
+def export_evidence(
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    store: StoreOption = DEFAULT_STORE,
+    dictionary: Annotated[
+        str | None, typer.Option(help="Fingerprint (or its start) or name; all where it is left out.")
+    ] = None,
+) -> None:
+    """Write the evidence of a store as JSON lines."""
+    from exegete.tools.interchange import export_evidence
+
+    _say(f"{export_evidence(store, file, dictionary):,} latents → {file}")
+
+
+def _run(config: RunConfig) -> None:
+    from exegete.agent.run import run
+    from exegete.agent.summary import headline
+
+    outcome = run(config)
+    for dictionary, figures in outcome.figures.items():
+        _say(f"\n{dictionary}")
+        _say("\n".join(headline(figures)))
+    if not outcome.finished:
+        raise typer.Exit(130)
+    _say(f'\nAsk the results: exegete sql --store {outcome.store} "SELECT * FROM best_explanations LIMIT 10"')
+
+
+def _report(store: Path, output: Path) -> str:
+    from exegete.agent.report import write_report
+
+    return f"report: {write_report(store, output)}"
+
+
+def _say(text: Any) -> None:
+    if text:
+        typer.echo(text)
+
+
+def main() -> None:
+    """Run the command line: a `UserError` or a full disk is one line and status 2; a bug shows its traceback."""
+    try:
+        app()
+    except ExegeteError as error:
+        sys.stderr.write(f"exegete: {error}\n")
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.stderr.write(f"exegete: no room left to write ({error}); free some space and run the same command again\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
