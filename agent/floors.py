@@ -8,7 +8,7 @@ so an interrupted run has the same floors as an undisturbed one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
@@ -48,6 +48,23 @@ def plan_floors(evidence: Evidence, explained: Sequence[int], count: int, seed: 
     """Draw the subset of `explained` latents (ascending) and their partners."""
     subset = floor_subset(explained, count, seed)
     return Floors(subset, shuffled_partners(explained, seed), _siblings(evidence, explained, subset))
+
+
+async def score_all_floors(
+    source: Iterable[LatentEvidence],
+    identities: Mapping[int, str],
+    floors: Floors,
+    explanations: Mapping[int, Explanation],
+    bench: Workbench,
+    write: Callable[[Sequence[LatentRecord]], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """Score the floors of every latent of `source` and write them; return whether all of them were taken."""
+    for own in source:
+        if stop():
+            return False
+        write([await score_floors(own, identities[own.latent], floors, explanations, bench)])
+    return True
 
 
 async def score_floors(

@@ -24,7 +24,7 @@ from typing import Any
 
 from exegete.agent.config import RunConfig
 from exegete.agent.engine import evidence_in_ranges, label_latents
-from exegete.agent.floors import floors_seed, plan_floors, score_floors
+from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Interrupted, gather_evidence
 from exegete.agent.graph import Workbench, label_graph
 from exegete.agent.progress import Progress, default_progress
@@ -149,9 +149,7 @@ def _label(
     with progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
         write = _publishing(writer, lambda records: writer.record(run_id, records), advance)
         source = evidence_in_ranges(evidence, missing)
-        complete = asyncio.run(
-            label_latents(source, label_graph(bench), bench, config.label.concurrency, write, stop)
-        )  # fmt: skip
+        complete = asyncio.run(label_latents(source, label_graph(bench), bench, config.label.concurrency, write, stop))
     if not complete:
         raise Interrupted
 
@@ -173,10 +171,10 @@ def _floors(
     missing = [latent for latent in floors.subset if latent not in done]
     with progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
         write = _publishing(writer, lambda records: writer.record(run_id, records, floors=True), advance)
-        for own in evidence_in_ranges(evidence, missing):
-            if stop():
-                raise Interrupted
-            write([asyncio.run(score_floors(own, explained[own.latent], floors, explanations, bench))])
+        source = evidence_in_ranges(evidence, missing)
+        complete = asyncio.run(score_all_floors(source, explained, floors, explanations, bench, write, stop))
+    if not complete:
+        raise Interrupted
 
 
 def _types(writer: Writer, run_id: str, dictionary: str) -> dict[int, str]:

@@ -17,7 +17,7 @@ def window(
 
 def cat_evidence(firing: int = 20, silent: int = 20) -> LatentEvidence:
     """Windows whose ` cat` stands at position 2 of five tokens, and as many without one, in each split."""
-    windows = []
+    windows: list[Window] = []
     for split in ("explain", "refine", "test"):
         for i in range(firing):
             windows.append(window(len(windows), (" a", f" b{i}", " cat", " sat", "."), split, stratum=i % 10))
