@@ -6,6 +6,7 @@ Every step is found done when it was done before: the corpus by its inputs, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,34 +142,41 @@ def _pass(
     settings = config.evidence.settings(config.seed)
     folder = store.evidence_folder(dictionary.fingerprint)
     working = store.passes / digest(dictionary.fingerprint, corpus.fingerprint, repr(settings.identity()))[7:23]
-    wanted = {"corpus": corpus.fingerprint, "settings": settings.identity()}
-    if (folder / "evidence.json").exists():
-        return _require_same(Evidence.open(folder), wanted, config)
-    with progress.stage("activation pass", corpus.contexts, "contexts") as advance:
-        finished = run_pass(subject, dictionary, corpus, working, settings, progress=advance, stop=stop)
-    if not finished:
-        raise Interrupted
-    progress.say("merging the evidence")
-    merge(working, folder, subject, dictionary, corpus, settings, provenance=wanted)
+    if not (folder / "evidence.json").exists():
+        with closing(Stages(progress, "micro-batches")) as stages:
+            if not run_pass(subject, dictionary, corpus, working, settings, progress=stages, stop=stop):
+                raise Interrupted
+        progress.say("merging the evidence")
+    evidence = merge(working, folder, subject, dictionary, corpus, settings)
     assert config.dictionary is not None
+    name, provenance = config.dictionary.path, dict(evidence.provenance)
     writer.add_dictionary(
         DictionaryRecord(
-            dictionary.fingerprint,
-            config.dictionary.path,
-            dictionary.latents,
-            subject.name,
-            dictionary.hook_point,
-            provenance=wanted,
+            dictionary.fingerprint, name, dictionary.latents, subject.name, dictionary.hook_point, provenance
         )
     )
-    return Evidence.open(folder)
-
-
-def _require_same(evidence: Evidence, wanted: Mapping[str, Any], config: RunConfig) -> Evidence:
-    for name, value in wanted.items():
-        if evidence.provenance.get(name) != value:
-            raise UserError(
-                f"store {config.store!r} holds evidence of this dictionary from another {name} "
-                f"({evidence.provenance.get(name)!r}, now {value!r}); give this run a store of its own with --store"
-            )
     return evidence
+
+
+class Stages:
+    """Turns calls of (stage, done, total), as the pass makes them, into stages of a `Progress`."""
+
+    def __init__(self, progress: Progress, unit: str) -> None:
+        """Show on `progress`, counting in `unit`."""
+        self._progress, self._unit = progress, unit
+        self._stage: str | None = None
+        self._done = 0
+        self._open = ExitStack()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` units of `stage` are finished."""
+        if stage != self._stage:
+            self.close()
+            self._stage, self._done = stage, 0
+            self._advance = self._open.enter_context(self._progress.stage(stage, total, self._unit))
+        self._advance(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        """End the stage that is open."""
+        self._open.close()
