@@ -151,14 +151,14 @@ def load_subject(
     require_finite(dict(bridge.original_model.named_parameters()), f"model {name_or_path!r}")
     content = _folder_digest(folder) if folder else digest("hub", name_or_path, commit or "")
     subject = Subject(bridge, tokenizer, name_or_path, content, commit)
-    return _processed(subject, processing)
+    return _finished(subject, processing)
 
 
 def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Sequence[str] = ()) -> Subject:
     """Return the subject of a transformers model in memory (models of one's own, benchmarks).
 
     Raises:
-        UserError: the weights hold NaN, or `processing` is unknown.
+        UserError: it is not causal, its weights hold NaN, or `processing` is unknown.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -177,7 +177,7 @@ def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Seq
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model.eval(), tokenizer=_for_bridge(tokenizer), device=device, dtype=parameter.dtype
         )
-    return _processed(Subject(bridge, tokenizer, name, content), processing)
+    return _finished(Subject(bridge, tokenizer, name, content), processing)
 
 
 def _check(device: str, dtype: str, processing: Sequence[str]) -> None:
@@ -266,7 +266,19 @@ def _folder_digest(folder: Path) -> str:
     return digest(*parts)
 
 
-def _processed(subject: Subject, processing: Sequence[str]) -> Subject:
+def _require_causal(subject: Subject) -> None:
+    """Raise UserError if what follows a token changes what the model computes there (encoders, encoder-decoders)."""
+    runs = [subject.logits(torch.tensor([[1, 2, last]]))[0, 1] for last in (0, int(subject.bridge.cfg.d_vocab) - 1)]
+    # One shape and one order of operations: without a way from the last token back, not even rounding differs.
+    tolerance = 8 * torch.finfo(runs[0].dtype).eps * float(runs[0].abs().max())
+    if float((runs[0] - runs[1]).abs().max()) > tolerance:
+        raise UserError(
+            f"model {subject.name!r} is not causal: later tokens change earlier vectors; use a decoder model"
+        )
+
+
+def _finished(subject: Subject, processing: Sequence[str]) -> Subject:
+    _require_causal(subject)
     if not processing:
         return subject
     with _quiet():

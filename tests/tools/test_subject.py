@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from exegete.tools.errors import UserError
+from exegete.tools.seeds import digest
 from exegete.tools.subject import Subject, load_subject, subject_from_model
 from exegete.tools.tokenizers import token_pieces
 
@@ -175,6 +176,32 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
         load_subject(str(folder))
+
+
+def test_a_hub_model_is_identified_by_name_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not STORIES.exists():
+        pytest.skip("../shared/data/models/stories260K is absent")
+    cached, commit = tmp_path / "models--someone--stories", "a" * 40
+    shutil.copytree(STORIES, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    subject = load_subject("someone/stories")
+    assert subject.revision == commit
+    assert subject.fingerprint == digest("hub", "someone/stories", commit)
+    (cached / "snapshots" / commit / "model.safetensors").rename(cached / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no safetensors on the hub"):
+        load_subject("someone/stories")
+
+
+def test_encoders_are_refused(words: Any) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(words), **shape)).eval()
+    with pytest.raises(UserError, match="'bert' is not causal"):
+        subject_from_model(model, words, "bert")
 
 
 @pytest.mark.parametrize(
