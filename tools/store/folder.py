@@ -1,7 +1,8 @@
-"""The folder of a store: where things lie, and how it is made."""
+"""The folder of a store: where things lie, how it is made, and the lock of its one writer."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -9,10 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
+
 from exegete.tools.errors import UserError
-from exegete.tools.store.writer import Writer
+from exegete.tools.store.parts import remove_orphans, sync_folder
+from exegete.tools.store.publishing import discard
+from exegete.tools.store.schema import migrate
+from exegete.tools.store.writer import Writer, evidence_path
 
 FORMAT = 1
+_MARKER = "store.json"
 _FOLDERS = ("evidence", "verdicts", "corpora", "passes")
 
 
@@ -30,7 +37,22 @@ class Store:
         Raises:
             UserError: the folder holds something that is no store, or a store of a newer format.
         """
-        raise NotImplementedError
+        if (folder / _MARKER).exists():
+            return cls.open(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in folder.iterdir() if entry.name not in (*_FOLDERS, f".{_MARKER}")]
+            if strangers:
+                raise UserError(f"{str(folder)!r} is no store and holds {min(strangers)!r}; name an empty or a new folder")
+            for name in _FOLDERS:
+                (folder / name).mkdir(exist_ok=True)
+            marker = folder / f".{_MARKER}"
+            marker.write_text(json.dumps({"format": FORMAT}))
+            marker.rename(folder / _MARKER)
+            sync_folder(folder)
+        except OSError as error:
+            raise UserError(f"cannot make a store in {str(folder)!r} ({error.strerror}); name another folder") from error
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Store:
@@ -39,11 +61,20 @@ class Store:
         Raises:
             UserError: there is none, or it has a newer format.
         """
-        raise NotImplementedError
+        marker = folder / _MARKER
+        if not marker.exists():
+            raise UserError(f"{str(folder)!r} is no store; make one with `exegete label --store {folder}`")
+        try:
+            found = int(json.loads(marker.read_text())["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(marker)!r} is damaged; restore it as {json.dumps({'format': FORMAT})}") from error
+        if found > FORMAT:
+            raise UserError(f"{str(folder)!r} has store format {found}; this exegete knows {FORMAT}: pip install -U exegete")
+        return cls(folder.resolve())
 
     def evidence_folder(self, dictionary: str) -> Path:
         """Return where the evidence of the dictionary with this fingerprint lies (`sha256:…` or bare hex digits)."""
-        raise NotImplementedError
+        return self.folder / evidence_path(dictionary)
 
     @property
     def corpora(self) -> Path:
@@ -64,5 +95,48 @@ class Store:
         Raises:
             UserError: another process writes (its pid is named), the store has a newer schema, or the disk is full.
         """
-        raise NotImplementedError
+        with _locked(self.folder):
+            connection = _open_database(self.folder)
+            try:
+                yield Writer(self.folder, connection)
+            finally:
+                connection.close()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the writer's lock. The kernel frees it with the process, however that ends, so no lock is ever stale."""
+    descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+            raise UserError(
+                f"process {pid} is writing to the store {str(folder)!r}; wait until it ends, or stop it (kill {pid})"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
+    where = f"the store {str(folder)!r}"
+    try:
+        connection = duckdb.connect(str(folder / "run.duckdb"))
+    except duckdb.Error as error:
+        raise UserError(f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?") from error
+    try:
+        migrate(connection, where)
+        registered = {part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()}
+        remove_orphans(folder / "verdicts", registered)
+        discard(folder)
+    except (duckdb.IOException, duckdb.FatalException, OSError) as error:
+        connection.close()
+        raise UserError(f"cannot write to {where} ({str(error).splitlines()[0]}); free some space and resume") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection

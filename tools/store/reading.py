@@ -1,12 +1,18 @@
-"""Reading a store: always the published snapshot, never the file that a run writes."""
+"""Reading a store: always the published snapshot, never the file that a run writes.
+
+The snapshot is attached to a database in memory: DuckDB keeps one instance per path within a process, and opening the path
+itself would go on giving the former snapshot for as long as any connection to it is open.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import duckdb
+import duckdb
+
+from exegete.tools.errors import UserError
+from exegete.tools.store.publishing import SNAPSHOT, statements_for
+from exegete.tools.store.schema import check_version
 
 
 def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
@@ -18,4 +24,35 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
     Raises:
         UserError: there is no store, nothing was published yet, or the store is from a newer version.
     """
-    raise NotImplementedError
+    folder = Path(store).resolve()
+    snapshot = folder / SNAPSHOT
+    if not (folder / "store.json").exists():
+        raise UserError(f"{str(store)!r} is no store; make one with `exegete label --store {store}`")
+    if not snapshot.exists():
+        raise UserError(f"nothing was published yet in the store {str(store)!r}; run `exegete label --store {store}`")
+    connection = duckdb.connect(":memory:")
+    try:
+        quoted = str(snapshot).replace("'", "''")
+        connection.execute(f"ATTACH '{quoted}' AS labels (READ_ONLY)")
+        connection.execute("USE labels")
+        _heal(connection, folder)
+    except duckdb.Error as error:
+        connection.close()
+        first = str(error).splitlines()[0]
+        raise UserError(f"the snapshot of the store {str(store)!r} cannot be read ({first}); publish it again") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Where the store lies elsewhere than it was published, let temporary views stand before the snapshot's own."""
+    found = connection.execute("SELECT store, schema_version FROM data.snapshot").fetchone()
+    assert found is not None  # the snapshot is written with exactly one row
+    check_version(found[1], f"the store {str(folder)!r}")
+    if found[0] == str(folder):
+        return
+    for statement in statements_for(connection, folder):
+        if statement.startswith("CREATE VIEW"):
+            connection.execute(statement.replace("CREATE VIEW", "CREATE TEMP VIEW", 1))

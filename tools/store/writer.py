@@ -2,56 +2,197 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from exegete.tools.errors import UserError
+from exegete.tools.seeds import digest
+from exegete.tools.store import publishing, rows
+from exegete.tools.store.parts import write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
+from exegete.tools.store.schema import utc_now
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Writer:
     """Writes results in transactions and publishes them. Made by `Store.writer()`; safe to call from several threads."""
 
+    def __init__(self, folder: Path, connection: duckdb.DuckDBPyConnection) -> None:
+        self._folder = folder
+        self._connection = connection
+        self._lock = threading.RLock()
+        self._recorded: dict[tuple[str, str], set[int]] = {}
+
     def add_dictionary(self, dictionary: DictionaryRecord) -> None:
         """Register a dictionary; once its evidence is finished, the views show its latents. Adding it again changes nothing."""
-        raise NotImplementedError
+        d = dictionary
+        values = [d.dictionary, d.name, d.subject, d.hook_point, d.latents, evidence_path(d.dictionary), _json(d.provenance)]
+        with self._transaction() as connection:
+            connection.execute("INSERT INTO data.dictionaries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", values)
+
+    def dictionaries(self) -> list[DictionaryRecord]:
+        """Return the registered dictionaries, ascending by fingerprint."""
+        query = "SELECT dictionary, name, latents, subject, hook_point, provenance FROM data.dictionaries ORDER BY dictionary"
+        with self._lock:
+            found = self._connection.execute(query).fetchall()
+        return [DictionaryRecord(*row[:5], json.loads(row[5])) for row in found]
 
     def begin_run(self, *, config: Mapping[str, Any], seed: int, code_version: str, dictionary: str) -> str:
         """Begin, or take up again, the run of this configuration; return its id.
 
         The id is a digest of configuration, seed and dictionary, so that the same call finds the same run.
         """
-        raise NotImplementedError
+        run = digest(_json(config), str(seed), dictionary)
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO data.runs VALUES (?, ?, ?, ?, ?, 'running', NULL, ?, NULL)"
+                " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL",
+                [run, dictionary, _json(config), seed, code_version, utc_now()],
+            )
+        return run
 
     def runs(self) -> list[RunRecord]:
         """Return all runs, the one begun last first."""
-        raise NotImplementedError
+        query = "SELECT run, dictionary, status, seed, code_version, config FROM data.runs ORDER BY started_at DESC, run"
+        with self._lock:
+            found = self._connection.execute(query).fetchall()
+        return [RunRecord(*row[:5], json.loads(row[5])) for row in found]
 
     def record(self, run: str, records: Sequence[LatentRecord]) -> None:
         """Write records of latents in one transaction: all of them or none. 250–500 at a time.
 
         A latent that the run has recorded already is left as it is.
+
+        Raises:
+            UserError: the disk is full; nothing of `records` was stored.
         """
-        raise NotImplementedError
+        with self._lock:
+            new = self._unrecorded(run, records)
+            if not new:
+                return
+            try:
+                verdicts = rows.verdicts(run, new)
+                part = write_part(self._folder / "verdicts", verdicts) if verdicts.num_rows else None
+            except OSError as error:
+                raise self._unwritten(error) from error
+            with self._transaction() as connection:
+                self._insert("results", rows.results(run, new))
+                self._insert_explanations(rows.explanations(new))
+                self._insert("scores", rows.scores(run, new))
+                if part is not None:
+                    connection.execute("INSERT INTO data.verdict_parts VALUES (?, ?)", [part, verdicts.num_rows])
+            for record in new:
+                self._recorded[run, record.dictionary].add(record.latent)
 
     def labeled(self, run: str, dictionary: str) -> NDArray[np.int64]:
         """Return the latents that `run` has recorded, whatever their outcome, ascending."""
-        raise NotImplementedError
+        with self._lock:
+            return np.array(sorted(self._recorded_latents(run, dictionary)), dtype=np.int64)
 
     def set_types(self, run: str, dictionary: str, types: Mapping[int, str]) -> None:
         """Replace the types (PROTOCOLS §12) of a run's latents: `input`, `unexplained`, `rare`, …"""
-        raise NotImplementedError
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM data.typing WHERE run = ? AND dictionary = ?", [run, dictionary])
+            self._insert("typing", rows.typing(run, dictionary, types))
 
     def finish_run(self, run: str, status: RunStatus, figures: Mapping[str, Any] | None = None) -> None:
         """Store how the run ended, with its figures (shown in the `runs` view)."""
-        raise NotImplementedError
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE data.runs SET status = ?, figures = ?, finished_at = ? WHERE run = ?",
+                [status, None if figures is None else _json(figures), utc_now(), run],
+            )
 
     def publish(self) -> Path:
         """Replace the snapshot that readers open by the present state; return its path.
 
         A reader never sees a part of it, and one that holds the former snapshot open keeps it.
+
+        Raises:
+            UserError: the disk is full; the former snapshot stays.
         """
-        raise NotImplementedError
+        with self._lock:
+            try:
+                return publishing.publish(self._connection, self._folder)
+            except (OSError, duckdb.IOException, duckdb.FatalException) as error:
+                raise self._unwritten(error) from error
+
+    def _recorded_latents(self, run: str, dictionary: str) -> set[int]:
+        key = (run, dictionary)
+        if key not in self._recorded:
+            query = "SELECT latent FROM data.results WHERE run = ? AND dictionary = ?"
+            found = self._connection.execute(query, [run, dictionary]).fetchnumpy()["latent"]
+            self._recorded[key] = set(found.tolist())
+        return self._recorded[key]
+
+    def _unrecorded(self, run: str, records: Sequence[LatentRecord]) -> list[LatentRecord]:
+        new: dict[tuple[str, int], LatentRecord] = {}
+        for record in sorted(records, key=lambda r: (r.dictionary, r.latent)):
+            if record.latent not in self._recorded_latents(run, record.dictionary):
+                new.setdefault((record.dictionary, record.latent), record)
+        return list(new.values())
+
+    def _insert(self, table: str, new: pa.Table) -> None:
+        if new.num_rows:
+            self._with_rows(new, f"INSERT INTO data.{table} BY NAME SELECT * FROM new_rows")
+
+    def _insert_explanations(self, new: pa.Table) -> None:
+        """Insert those explanations that no earlier run has stored: their id is their content."""
+        if new.num_rows:
+            self._with_rows(
+                new,
+                "INSERT INTO data.explanations BY NAME SELECT * FROM new_rows"
+                " WHERE explanation_id NOT IN (SELECT explanation_id FROM data.explanations"
+                " WHERE latent IN (SELECT latent FROM new_rows))",
+            )
+
+    def _with_rows(self, new: pa.Table, statement: str) -> None:
+        self._connection.register("new_rows", new)
+        try:
+            self._connection.execute(statement)
+        finally:
+            self._connection.unregister("new_rows")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._lock:
+            self._connection.begin()
+            try:
+                yield self._connection
+                self._connection.commit()
+            except (duckdb.IOException, duckdb.FatalException) as error:
+                self._roll_back()
+                raise self._unwritten(error) from error
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _roll_back(self) -> None:
+        try:
+            self._connection.rollback()
+        except duckdb.Error:
+            # A commit that failed has ended its transaction itself; what it wrote is undone when the file is next opened.
+            return
+
+    def _unwritten(self, error: Exception) -> UserError:
+        first = str(error).splitlines()[0]
+        return UserError(f"cannot write to the store {str(self._folder)!r} ({first}); free some space and resume")
+
+
+def evidence_path(dictionary: str) -> str:
+    """Return where evidence of a dictionary lies within its store: `evidence/` and 16 hex digits of the fingerprint."""
+    return f"evidence/{dictionary.removeprefix('sha256:')[:16]}"
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,65 @@
+"""Append-only Parquet parts: written, fsynced, renamed; they count once a transaction has registered them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_part(folder: Path, rows: pa.Table) -> str:
+    """Write `rows` durably to one Parquet file in `folder`, named by its content; return the name.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer, compression="zstd", compression_level=1)
+    content = buffer.getvalue()
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+    temporary = folder / f".{name}.writing"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.rename(folder / name)
+    sync_folder(folder)
+    return name
+
+
+def remove_orphans(folder: Path, registered: Collection[str]) -> int:
+    """Remove every file in `folder` that no transaction registered; return how many there were."""
+    orphans = [path for path in folder.iterdir() if path.name not in registered]
+    for path in orphans:
+        path.unlink()
+    return len(orphans)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    _sync(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

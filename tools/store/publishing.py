@@ -1,0 +1,80 @@
+"""Publishing: the snapshot that readers open is replaced whole.
+
+1. The tables are copied into a database beside the snapshot, result tables in the order of their latents.
+2. The views are made there, over the store's present place and the registered parts.
+3. It is closed (which writes its checkpoint), fsynced, and renamed over the former snapshot.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import duckdb
+
+from exegete.tools.store.parts import sync_file, sync_folder
+from exegete.tools.store.schema import schema_version, utc_now
+from exegete.tools.store.views import view_statements
+
+SNAPSHOT = "labels.duckdb"
+TEMPORARY = ".labels.publishing.duckdb"
+
+_ORDER = {
+    "results": "dictionary, latent, run",
+    "explanations": "dictionary, latent, explanation_id",
+    "scores": "dictionary, latent, run, explanation_id, evaluator, metric, baseline",
+    "typing": "dictionary, latent, run",
+}
+
+
+def publish(connection: duckdb.DuckDBPyConnection, folder: Path) -> Path:
+    """Publish the database behind `connection` (attached as `run`) as the snapshot of the store in `folder`."""
+    temporary = folder / TEMPORARY
+    discard(folder)
+    try:
+        _copy(connection, temporary)
+        _finish(temporary, folder)
+        sync_file(temporary)
+        temporary.replace(folder / SNAPSHOT)
+        sync_folder(folder)
+    except BaseException:
+        discard(folder)
+        raise
+    return folder / SNAPSHOT
+
+
+def discard(folder: Path) -> None:
+    """Remove what an interrupted publishing left."""
+    for name in (TEMPORARY, f"{TEMPORARY}.wal"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, temporary: Path) -> None:
+    quoted = str(temporary).replace("'", "''")
+    connection.execute(f"ATTACH '{quoted}' AS published")
+    try:
+        connection.execute("COPY FROM DATABASE run TO published (SCHEMA)")
+        query = "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'run' AND NOT internal"
+        for schema, table in connection.execute(query).fetchall():
+            order = f" ORDER BY {_ORDER[table]}" if table in _ORDER else ""
+            connection.execute(f"INSERT INTO published.{schema}.{table} SELECT * FROM run.{schema}.{table}{order}")
+    finally:
+        connection.execute("DETACH published")
+
+
+def _finish(temporary: Path, folder: Path) -> None:
+    with duckdb.connect(str(temporary)) as snapshot:
+        snapshot.execute(
+            "CREATE TABLE data.snapshot AS SELECT ?::TIMESTAMP AS published_at, ?::INTEGER AS schema_version,"
+            " ?::VARCHAR AS code_version, ?::VARCHAR AS store",
+            [utc_now(), schema_version(), version("exegete"), str(folder)],
+        )
+        for statement in statements_for(snapshot, folder):
+            snapshot.execute(statement)
+
+
+def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
+    """Return the statements that make the views over the tables behind `connection`, for a store in `folder`."""
+    evidence = dict(connection.execute("SELECT dictionary, evidence FROM data.dictionaries").fetchall())
+    parts = [part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()]
+    return view_statements(folder, evidence, parts)

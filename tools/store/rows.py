@@ -1,0 +1,120 @@
+"""Records as columns: what `Writer.record` hands to DuckDB and to Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from exegete.tools.store.records import LatentRecord
+
+RESULTS = pa.schema(
+    [("run", pa.string()), ("dictionary", pa.string()), ("latent", pa.int32()), ("status", pa.string()), ("detail", pa.string())]
+)
+EXPLANATIONS = pa.schema(
+    [
+        ("explanation_id", pa.string()),
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("text", pa.string()),
+        ("predicate", pa.string()),
+        ("explainer", pa.string()),
+        ("model", pa.string()),
+        ("prompt_digest", pa.string()),
+        ("parameters", pa.string()),
+        ("parent", pa.string()),
+    ]
+)
+SCORES = pa.schema(
+    [
+        ("run", pa.string()),
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("explanation_id", pa.string()),
+        ("evaluator", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("n", pa.int32()),
+        ("failures", pa.int32()),
+        ("baseline", pa.string()),
+        ("status", pa.string()),
+        ("parameters", pa.string()),
+    ]
+)
+TYPING = pa.schema([("run", pa.string()), ("dictionary", pa.string()), ("latent", pa.int32()), ("typed", pa.string())])
+VERDICTS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("explanation_id", pa.string()),
+        ("evaluator", pa.string()),
+        ("baseline", pa.string()),
+        ("window_id", pa.int64()),
+        ("marks", pa.list_(pa.int16())),
+        ("truth", pa.bool_()),
+        ("applies", pa.bool_()),
+        ("probability", pa.float64()),
+        ("status", pa.string()),
+        ("prompt", pa.int32()),
+    ]
+)
+
+
+def results(run: str, records: Sequence[LatentRecord]) -> pa.Table:
+    """One row a record."""
+    return _table(RESULTS, [(run, r.dictionary, r.latent, r.status, r.detail) for r in records])
+
+
+def explanations(records: Sequence[LatentRecord]) -> pa.Table:
+    """One row an explanation; the same explanation twice in a record is one row."""
+    found = {
+        key: (key, r.dictionary, r.latent, e.text, e.predicate, e.explainer, e.model, e.prompt_digest, _json(e.parameters), e.parent)
+        for r in records
+        for e, key in r.explanations
+    }
+    return _table(EXPLANATIONS, list(found.values()))
+
+
+def scores(run: str, records: Sequence[LatentRecord]) -> pa.Table:
+    """One row a score."""
+    return _table(
+        SCORES,
+        [
+            (run, r.dictionary, r.latent, key, s.evaluator, s.metric, s.value, s.low, s.high, s.n, s.failures, s.baseline)
+            + (s.status, _json(s.parameters))
+            for r in records
+            for key, s in r.scores
+        ],
+    )
+
+
+def typing(run: str, dictionary: str, types: Mapping[int, str]) -> pa.Table:
+    """One row a latent."""
+    return _table(TYPING, [(run, dictionary, latent, typed) for latent, typed in sorted(types.items())])
+
+
+def verdicts(run: str, records: Sequence[LatentRecord]) -> pa.Table:
+    """One row a judged item."""
+    return _table(
+        VERDICTS,
+        [
+            (run, r.dictionary, r.latent, v.explanation_id, v.evaluator, v.baseline, v.item.window.id, v.item.marks)
+            + (v.item.truth, v.item.verdict.applies, v.item.verdict.probability, v.item.verdict.status, v.item.prompt)
+            for r in records
+            for v in r.verdicts
+        ],
+    )
+
+
+def _table(schema: pa.Schema, found: Sequence[tuple[Any, ...]]) -> pa.Table:
+    columns = list(zip(*found, strict=True)) if found else [()] * len(schema)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,97 @@
+"""The views that readers see: `views.sql`, filled with the files of one store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+_NO_LATENTS = (
+    "latent INTEGER, status VARCHAR, tokens BIGINT, firing_tokens BIGINT, firing_windows BIGINT, density DOUBLE, mean DOUBLE,"
+    " standard_deviation DOUBLE, peak FLOAT, histogram BIGINT[], certified BOOLEAN, hard_shortage INTEGER, explanation VARCHAR"
+)
+_NO_NEIGHBOURS = "latent INTEGER, neighbour INTEGER, cosine DOUBLE, rank INTEGER"
+_NO_EXAMPLES = (
+    "latent INTEGER, split VARCHAR, kind VARCHAR, rank INTEGER, text VARCHAR, peak FLOAT, fires BOOLEAN, top BOOLEAN,"
+    " stratum SMALLINT, marks_correct BOOLEAN, window_id BIGINT, document VARCHAR"
+)
+_NO_VERDICTS = (
+    "run VARCHAR, dictionary VARCHAR, latent INTEGER, explanation_id VARCHAR, evaluator VARCHAR, baseline VARCHAR,"
+    " window_id BIGINT, marks SMALLINT[], truth BOOLEAN, applies BOOLEAN, probability DOUBLE, status VARCHAR, prompt INTEGER"
+)
+
+_EXAMPLES = """
+SELECT {dictionary} AS dictionary, latent, split, kind, rank,
+       array_to_string(list_transform(pieces, lambda piece, j:
+           CASE WHEN list_contains(shown, j - 1) AND NOT list_contains(shown, j - 2) THEN '<<' ELSE '' END
+           || replace(replace(translate(piece, '<>`', '‹›ˋ'), chr(10), '⏎'), chr(9), '→')
+           || CASE WHEN list_contains(shown, j - 1) AND NOT list_contains(shown, j) THEN '>>' ELSE '' END), '') AS text,
+       peak, fires, top, stratum, marks_correct, window_id, document
+FROM (
+    SELECT i.latent, i.split, i.kind, i.rank, i.peak, i.fires, i.top, i.stratum, i.marks_correct,
+           i."window" AS window_id, w.document,
+           list_transform(w.tokens, lambda token: v.pieces[token + 1]) AS pieces,
+           CASE WHEN i."values" IS NULL THEN coalesce(i.marks, []) ELSE list_transform(
+               list_filter(range(len(i."values")), lambda k:
+                   i."values"[k + 1] > 0 AND i."values"[k + 1] >= 0.3::FLOAT * list_max(i."values")),
+               lambda k: i.positions[k + 1]) END AS shown
+    FROM read_parquet({items}) i
+    JOIN read_parquet({windows}) w ON w."window" = i."window",
+    (SELECT list(piece ORDER BY token) AS pieces FROM read_parquet({vocabulary})) v
+)
+"""
+
+
+def view_statements(store: Path, evidence: Mapping[str, str], verdict_parts: Sequence[str]) -> list[str]:
+    """Return the statements that make the views (and, after each, its comments).
+
+    Args:
+        store: absolute folder of the store.
+        evidence: fingerprint → folder of finished evidence, relative to the store.
+        verdict_parts: names of the registered parts.
+    """
+    folders = {dictionary: store / folder for dictionary, folder in sorted(evidence.items())}
+    finished = {d: f for d, f in folders.items() if (f / "evidence.json").exists()}
+    parts = [_literal(store / "verdicts" / part) for part in sorted(verdict_parts)]
+    sources = {
+        "latents": _union(finished, "latents.parquet", _NO_LATENTS),
+        "neighbours": _union(finished, "neighbours.parquet", _NO_NEIGHBOURS),
+        "examples": _examples(finished),
+        "verdicts": f"SELECT * FROM read_parquet([{', '.join(parts)}])" if parts else _empty(_NO_VERDICTS),
+    }
+    text = files("exegete.tools.store").joinpath("views.sql").read_text(encoding="utf-8")
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("--"))
+    statements = [s.strip() for s in re.split(r";\n", text) if s.strip()]
+    return [re.sub(r"\{\{(\w+)\}\}", lambda found: sources[found[1]], statement) for statement in statements]
+
+
+def _union(folders: Mapping[str, Path], name: str, columns: str) -> str:
+    branches = [
+        f"SELECT {_literal(dictionary)} AS dictionary, * FROM read_parquet({_literal(folder / name)})"
+        for dictionary, folder in folders.items()
+        if (folder / name).exists()
+    ]
+    return " UNION ALL BY NAME ".join(branches) or _empty(f"dictionary VARCHAR, {columns}")
+
+
+def _examples(folders: Mapping[str, Path]) -> str:
+    branches = [
+        _EXAMPLES.format(
+            dictionary=_literal(dictionary),
+            items=_literal(folder / "items-*.parquet"),
+            windows=_literal(folder / "windows.parquet"),
+            vocabulary=_literal(folder / "vocabulary.parquet"),
+        )
+        for dictionary, folder in folders.items()
+    ]
+    return " UNION ALL ".join(branches) or _empty(f"dictionary VARCHAR, {_NO_EXAMPLES}")
+
+
+def _empty(columns: str) -> str:
+    typed = [column.strip().split(" ") for column in columns.split(",")]
+    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in typed)} WHERE false"
+
+
+def _literal(value: str | Path) -> str:
+    return "'" + str(value).replace("'", "''") + "'"

@@ -1,0 +1,245 @@
+-- The views that readers see, made anew at every publishing; {{…}} is filled by views.py with the store's files.
+CREATE VIEW latents AS
+SELECT l.dictionary, l.latent, l.status, r.outcome, t.typed, l.density, l.peak, l.mean, l.standard_deviation,
+       l.firing_tokens, l.firing_windows, l.tokens, l.histogram, l.certified, l.hard_shortage, r.detail
+FROM ({{latents}}) l
+LEFT JOIN (
+    SELECT dictionary, latent, arg_min(status, (status <> 'labeled', status, run)) AS outcome,
+           arg_min(detail, (status <> 'labeled', status, run)) AS detail
+    FROM data.results GROUP BY ALL
+) r USING (dictionary, latent)
+LEFT JOIN (SELECT dictionary, latent, arg_min(typed, run) AS typed FROM data.typing GROUP BY ALL) t USING (dictionary, latent);
+COMMENT ON VIEW latents IS 'One row a latent of every dictionary whose evidence is finished: how it fires and what became of it.';
+COMMENT ON COLUMN latents.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN latents.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN latents.status IS 'live; dead (never fires), rare (too few firing windows) or dense (too few non-firing ones).';
+COMMENT ON COLUMN latents.outcome IS 'What labeling came to: labeled, no_explanation, failed, dead, rare or dense; null while not reached.';
+COMMENT ON COLUMN latents.typed IS 'input, output, both, unexplained, rare, dense or dead (PROTOCOLS §12); null until the run has typed its latents.';
+COMMENT ON COLUMN latents.density IS 'Share of the corpus tokens on which the latent fires; null for imported evidence.';
+COMMENT ON COLUMN latents.peak IS 'Largest activation over the corpus.';
+COMMENT ON COLUMN latents.mean IS 'Mean activation where it fires.';
+COMMENT ON COLUMN latents.standard_deviation IS 'Standard deviation of the activation where it fires.';
+COMMENT ON COLUMN latents.firing_tokens IS 'Corpus tokens on which it fires.';
+COMMENT ON COLUMN latents.firing_windows IS 'Corpus windows on which it fires.';
+COMMENT ON COLUMN latents.tokens IS 'Corpus tokens seen.';
+COMMENT ON COLUMN latents.histogram IS 'Firings per factor of two of the activation.';
+COMMENT ON COLUMN latents.certified IS 'Whether its uniform sample of firing windows is provably exact.';
+COMMENT ON COLUMN latents.hard_shortage IS 'Hard negatives that could not be found.';
+COMMENT ON COLUMN latents.detail IS 'Why labeling failed or found no explanation.';
+
+CREATE VIEW explanations AS
+SELECT explanation_id, dictionary, latent, text, predicate, explainer, model, prompt_digest, parameters, parent
+FROM data.explanations;
+COMMENT ON VIEW explanations IS 'One row an explanation of a latent; a latent may have several.';
+COMMENT ON COLUMN explanations.explanation_id IS 'Digest of everything below: the same explanation has the same id.';
+COMMENT ON COLUMN explanations.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN explanations.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN explanations.text IS 'What the latent responds to, in words.';
+COMMENT ON COLUMN explanations.predicate IS 'The same as an executable predicate over tokens, where the explainer gives one.';
+COMMENT ON COLUMN explanations.explainer IS 'Which explainer wrote it.';
+COMMENT ON COLUMN explanations.model IS 'Language model that it used; null for the offline explainers.';
+COMMENT ON COLUMN explanations.prompt_digest IS 'Digest of the prompt that was sent; null where none was.';
+COMMENT ON COLUMN explanations.parameters IS 'Parameters of the explainer, as JSON.';
+COMMENT ON COLUMN explanations.parent IS 'The explanation that this one refines.';
+
+CREATE VIEW scores AS
+SELECT dictionary, latent, explanation_id, evaluator, metric, value, low, high, n, failures, baseline, status, parameters, run
+FROM data.scores;
+COMMENT ON VIEW scores IS 'One row a figure of an explanation, or of a floor that stands beside it.';
+COMMENT ON COLUMN scores.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN scores.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN scores.explanation_id IS 'The explanation; for a floor, the one that it stands beside.';
+COMMENT ON COLUMN scores.evaluator IS 'detection, fuzzing, … (PROTOCOLS §3 and later).';
+COMMENT ON COLUMN scores.metric IS 'balanced_accuracy, f1, auprc, auroc, …';
+COMMENT ON COLUMN scores.value IS 'The figure on held-out windows; null where the metric has no answer.';
+COMMENT ON COLUMN scores.low IS 'Lower end of the 95 % interval.';
+COMMENT ON COLUMN scores.high IS 'Upper end of the 95 % interval.';
+COMMENT ON COLUMN scores.n IS 'Judged items that the figure rests on.';
+COMMENT ON COLUMN scores.failures IS 'Items whose verdict failed; they are in no metric.';
+COMMENT ON COLUMN scores.baseline IS 'Null for the explanation itself, else the floor: shuffled, sibling, constant, token_list.';
+COMMENT ON COLUMN scores.status IS 'ok, or why there is no figure.';
+COMMENT ON COLUMN scores.parameters IS 'Judge and parameters of the evaluator, as JSON.';
+COMMENT ON COLUMN scores.run IS 'The run that scored it.';
+
+CREATE VIEW best_explanations AS
+WITH balanced AS (
+    SELECT run, dictionary, latent, explanation_id, baseline, evaluator, avg(value) AS value, avg(low) AS low, avg(high) AS high
+    FROM data.scores WHERE metric = 'balanced_accuracy' AND evaluator IN ('detection', 'fuzzing') GROUP BY ALL
+), own AS (
+    SELECT run, dictionary, latent, explanation_id, avg(value) AS mean_score,
+           any_value(value) FILTER (evaluator = 'detection') AS detection,
+           any_value(low) FILTER (evaluator = 'detection') AS detection_low,
+           any_value(high) FILTER (evaluator = 'detection') AS detection_high,
+           any_value(value) FILTER (evaluator = 'fuzzing') AS fuzzing,
+           any_value(low) FILTER (evaluator = 'fuzzing') AS fuzzing_low,
+           any_value(high) FILTER (evaluator = 'fuzzing') AS fuzzing_high
+    FROM balanced WHERE baseline IS NULL GROUP BY ALL
+), best AS (
+    SELECT * FROM own QUALIFY row_number() OVER (
+        PARTITION BY dictionary, latent ORDER BY mean_score DESC NULLS LAST, explanation_id, run) = 1
+), floors AS (
+    SELECT run, dictionary,
+           avg(value) FILTER (evaluator = 'detection' AND baseline = 'shuffled') AS detection_shuffled,
+           avg(value) FILTER (evaluator = 'detection' AND baseline = 'constant') AS detection_constant,
+           avg(value) FILTER (evaluator = 'fuzzing' AND baseline = 'shuffled') AS fuzzing_shuffled,
+           avg(value) FILTER (evaluator = 'fuzzing' AND baseline = 'constant') AS fuzzing_constant
+    FROM balanced GROUP BY ALL
+)
+SELECT b.dictionary, b.latent, b.explanation_id, e.text, e.predicate, e.explainer, e.model, b.mean_score,
+       b.detection, b.detection_low, b.detection_high, f.detection_shuffled, f.detection_constant,
+       b.fuzzing, b.fuzzing_low, b.fuzzing_high, f.fuzzing_shuffled, f.fuzzing_constant, b.run
+FROM best b
+JOIN data.explanations e ON e.dictionary = b.dictionary AND e.latent = b.latent AND e.explanation_id = b.explanation_id
+LEFT JOIN floors f ON f.run = b.run AND f.dictionary = b.dictionary;
+COMMENT ON VIEW best_explanations IS 'Per latent the explanation with the best held-out score, beside the floors of its run. All scores are balanced accuracies.';
+COMMENT ON COLUMN best_explanations.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN best_explanations.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN best_explanations.explanation_id IS 'The explanation.';
+COMMENT ON COLUMN best_explanations.text IS 'What the latent responds to, in words.';
+COMMENT ON COLUMN best_explanations.predicate IS 'The same as an executable predicate, where there is one.';
+COMMENT ON COLUMN best_explanations.explainer IS 'Which explainer wrote it.';
+COMMENT ON COLUMN best_explanations.model IS 'Language model that it used; null for the offline explainers.';
+COMMENT ON COLUMN best_explanations.mean_score IS 'Mean of detection and fuzzing; the best explanation has the highest.';
+COMMENT ON COLUMN best_explanations.detection IS 'Balanced accuracy of detection.';
+COMMENT ON COLUMN best_explanations.detection_low IS 'Lower end of its 95 % interval.';
+COMMENT ON COLUMN best_explanations.detection_high IS 'Upper end of its 95 % interval.';
+COMMENT ON COLUMN best_explanations.detection_shuffled IS 'Mean detection of other latents'' explanations in the run (floor).';
+COMMENT ON COLUMN best_explanations.detection_constant IS 'Mean detection of the constant explanation in the run (floor).';
+COMMENT ON COLUMN best_explanations.fuzzing IS 'Balanced accuracy of fuzzing.';
+COMMENT ON COLUMN best_explanations.fuzzing_low IS 'Lower end of its 95 % interval.';
+COMMENT ON COLUMN best_explanations.fuzzing_high IS 'Upper end of its 95 % interval.';
+COMMENT ON COLUMN best_explanations.fuzzing_shuffled IS 'Mean fuzzing of other latents'' explanations in the run (floor).';
+COMMENT ON COLUMN best_explanations.fuzzing_constant IS 'Mean fuzzing of the constant explanation in the run (floor).';
+COMMENT ON COLUMN best_explanations.run IS 'The run that scored it.';
+
+CREATE VIEW verdicts AS
+SELECT dictionary, latent, explanation_id, evaluator, baseline, window_id, marks, truth, applies, probability, status, prompt, run
+FROM ({{verdicts}});
+COMMENT ON VIEW verdicts IS 'One row a judged item: what the judge said of one window, beside the truth.';
+COMMENT ON COLUMN verdicts.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN verdicts.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN verdicts.explanation_id IS 'The explanation; for a floor, the one that it stands beside.';
+COMMENT ON COLUMN verdicts.evaluator IS 'detection, fuzzing, …';
+COMMENT ON COLUMN verdicts.baseline IS 'Null for the explanation itself, else the floor that was judged in its place.';
+COMMENT ON COLUMN verdicts.window_id IS 'The window, as in examples.';
+COMMENT ON COLUMN verdicts.marks IS 'Token positions that the judge saw marked; null in detection.';
+COMMENT ON COLUMN verdicts.truth IS 'Whether the explanation ought to apply.';
+COMMENT ON COLUMN verdicts.applies IS 'What the judge said; null where it failed.';
+COMMENT ON COLUMN verdicts.probability IS 'The judge''s probability; null for yes/no judges.';
+COMMENT ON COLUMN verdicts.status IS 'ok, or how it failed.';
+COMMENT ON COLUMN verdicts.prompt IS 'Items of one latent and evaluator with the same number shared a prompt.';
+COMMENT ON COLUMN verdicts.run IS 'The run that judged it.';
+
+CREATE VIEW examples AS {{examples}};
+COMMENT ON VIEW examples IS 'One row a latent and window of its evidence, as text with the firing tokens inside << >>.';
+COMMENT ON COLUMN examples.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN examples.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN examples.split IS 'explain, refine or test (PROTOCOLS §1); explainers never see test.';
+COMMENT ON COLUMN examples.kind IS 'firing, random (does not fire) or hard (does not fire although it looks as if).';
+COMMENT ON COLUMN examples.rank IS 'Position within latent, split and kind.';
+COMMENT ON COLUMN examples.text IS 'The window; tokens at 0.3 of the peak or more, or imported marks, inside << >>; look-alikes in the text are replaced.';
+COMMENT ON COLUMN examples.peak IS 'Largest activation in the window.';
+COMMENT ON COLUMN examples.fires IS 'Whether the latent fires on the window.';
+COMMENT ON COLUMN examples.top IS 'Whether the window is among the latent''s highest by peak.';
+COMMENT ON COLUMN examples.stratum IS 'Quantile of the peak within the uniform sample; null outside it.';
+COMMENT ON COLUMN examples.marks_correct IS 'For imported fuzzing items: whether the marks are where the latent fires.';
+COMMENT ON COLUMN examples.window_id IS 'The window; the same text has the same id for every latent of a dictionary.';
+COMMENT ON COLUMN examples.document IS 'The document that it comes from.';
+
+CREATE VIEW neighbours AS
+SELECT dictionary, latent, neighbour, cosine, rank FROM ({{neighbours}});
+COMMENT ON VIEW neighbours IS 'The nearest latents by cosine of the decoder; empty for dictionaries without one.';
+COMMENT ON COLUMN neighbours.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN neighbours.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN neighbours.neighbour IS 'Index of the neighbour in the same dictionary.';
+COMMENT ON COLUMN neighbours.cosine IS 'Cosine of the two decoder directions.';
+COMMENT ON COLUMN neighbours.rank IS '0 is the nearest.';
+
+CREATE VIEW dictionaries AS
+SELECT dictionary, name, subject, hook_point, latents, provenance FROM data.dictionaries;
+COMMENT ON VIEW dictionaries IS 'The dictionaries whose results this store holds.';
+COMMENT ON COLUMN dictionaries.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN dictionaries.name IS 'Its name as given.';
+COMMENT ON COLUMN dictionaries.subject IS 'The language model under study; null for imported evidence.';
+COMMENT ON COLUMN dictionaries.hook_point IS 'Where in the subject it reads; null for imported evidence.';
+COMMENT ON COLUMN dictionaries.latents IS 'Number of its latents.';
+COMMENT ON COLUMN dictionaries.provenance IS 'Where it comes from, as JSON.';
+
+CREATE VIEW runs AS
+SELECT run, dictionary, status, seed, code_version, config, figures, started_at, finished_at FROM data.runs;
+COMMENT ON VIEW runs IS 'One row a run: a resolved configuration over the latents of a dictionary.';
+COMMENT ON COLUMN runs.run IS 'Digest of configuration, seed and dictionary.';
+COMMENT ON COLUMN runs.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN runs.status IS 'running, interrupted (resume it) or finished.';
+COMMENT ON COLUMN runs.seed IS 'The seed that every random choice of the run derives from.';
+COMMENT ON COLUMN runs.code_version IS 'Version of exegete.';
+COMMENT ON COLUMN runs.config IS 'The resolved configuration, as JSON.';
+COMMENT ON COLUMN runs.figures IS 'Its headline figures, as JSON.';
+COMMENT ON COLUMN runs.started_at IS 'When it first began.';
+COMMENT ON COLUMN runs.finished_at IS 'When it last ended.';
+
+CREATE VIEW calls AS
+SELECT call_id, run, provider, model, status, input_tokens, output_tokens, cached_tokens, usd, started_at, finished_at FROM data.calls;
+COMMENT ON VIEW calls IS 'One row a call to a language model; empty for the offline path, which makes none.';
+COMMENT ON COLUMN calls.call_id IS 'Id of the call.';
+COMMENT ON COLUMN calls.run IS 'The run that made it.';
+COMMENT ON COLUMN calls.provider IS 'anthropic, openai, …';
+COMMENT ON COLUMN calls.model IS 'The model that answered.';
+COMMENT ON COLUMN calls.status IS 'ok, failed or unknown (sent, and no reply seen).';
+COMMENT ON COLUMN calls.input_tokens IS 'Tokens sent.';
+COMMENT ON COLUMN calls.output_tokens IS 'Tokens received.';
+COMMENT ON COLUMN calls.cached_tokens IS 'Tokens sent that the provider had cached.';
+COMMENT ON COLUMN calls.usd IS 'Cost in US dollars.';
+COMMENT ON COLUMN calls.started_at IS 'When it was sent.';
+COMMENT ON COLUMN calls.finished_at IS 'When the reply came.';
+
+CREATE VIEW costs AS
+SELECT r.run, c.model, count(c.call_id) AS calls, coalesce(sum(c.input_tokens), 0)::BIGINT AS input_tokens,
+       coalesce(sum(c.output_tokens), 0)::BIGINT AS output_tokens, coalesce(sum(c.usd), 0)::DOUBLE AS usd
+FROM data.runs r LEFT JOIN data.calls c USING (run) GROUP BY r.run, c.model;
+COMMENT ON VIEW costs IS 'What each run has cost, per model; a run without calls has one row of zeros.';
+COMMENT ON COLUMN costs.run IS 'The run.';
+COMMENT ON COLUMN costs.model IS 'The model; null for a run without calls.';
+COMMENT ON COLUMN costs.calls IS 'Number of calls.';
+COMMENT ON COLUMN costs.input_tokens IS 'Tokens sent.';
+COMMENT ON COLUMN costs.output_tokens IS 'Tokens received.';
+COMMENT ON COLUMN costs.usd IS 'Cost in US dollars.';
+
+CREATE VIEW investigations AS
+SELECT investigation_id, question, subject, dictionary, status, answer, parameters, started_at, finished_at FROM data.investigations;
+COMMENT ON VIEW investigations IS 'One row a question that the agent investigated.';
+COMMENT ON COLUMN investigations.investigation_id IS 'Id of the investigation.';
+COMMENT ON COLUMN investigations.question IS 'The question as it was asked.';
+COMMENT ON COLUMN investigations.subject IS 'The language model under study.';
+COMMENT ON COLUMN investigations.dictionary IS 'Fingerprint of the dictionary that was used.';
+COMMENT ON COLUMN investigations.status IS 'running, interrupted or finished.';
+COMMENT ON COLUMN investigations.answer IS 'What was found.';
+COMMENT ON COLUMN investigations.parameters IS 'Budget and settings, as JSON.';
+COMMENT ON COLUMN investigations.started_at IS 'When it began.';
+COMMENT ON COLUMN investigations.finished_at IS 'When it ended.';
+
+CREATE VIEW experiments AS
+SELECT experiment_id, investigation_id, hypothesis, prediction, tool, parameters, control, value, low, high, outcome,
+       predicted_at, finished_at FROM data.experiments;
+COMMENT ON VIEW experiments IS 'One row an experiment of an investigation, with the prediction written down before it.';
+COMMENT ON COLUMN experiments.experiment_id IS 'Id of the experiment.';
+COMMENT ON COLUMN experiments.investigation_id IS 'The investigation that it belongs to.';
+COMMENT ON COLUMN experiments.hypothesis IS 'The hypothesis that it tests.';
+COMMENT ON COLUMN experiments.prediction IS 'What the hypothesis predicts.';
+COMMENT ON COLUMN experiments.tool IS 'The instrument that was used.';
+COMMENT ON COLUMN experiments.parameters IS 'Its arguments, as JSON.';
+COMMENT ON COLUMN experiments.control IS 'The control it is compared with; null for the treatment itself.';
+COMMENT ON COLUMN experiments.value IS 'The effect.';
+COMMENT ON COLUMN experiments.low IS 'Lower end of its 95 % interval.';
+COMMENT ON COLUMN experiments.high IS 'Upper end of its 95 % interval.';
+COMMENT ON COLUMN experiments.outcome IS 'confirmed, refuted or undecided.';
+COMMENT ON COLUMN experiments.predicted_at IS 'When the prediction was written down.';
+COMMENT ON COLUMN experiments.finished_at IS 'When the result came.';
+
+CREATE VIEW snapshot AS
+SELECT published_at, schema_version, code_version, store FROM data.snapshot;
+COMMENT ON VIEW snapshot IS 'One row: when these results were published, and by what.';
+COMMENT ON COLUMN snapshot.published_at IS 'When.';
+COMMENT ON COLUMN snapshot.schema_version IS 'Version of the store''s schema.';
+COMMENT ON COLUMN snapshot.code_version IS 'Version of exegete.';
+COMMENT ON COLUMN snapshot.store IS 'Where the store lay.';
