@@ -36,6 +36,7 @@ from exegete.tools.explainers import make_explainer
 from exegete.tools.explainers.contract import Explainer
 from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord, Store, Writer
+from exegete.tools.store.results import RunResults
 
 PUBLISH_EVERY_S = 120.0
 
@@ -88,8 +89,9 @@ def _label_dictionary(
     except BaseException:
         writer.finish_run(run_id, "interrupted")
         raise
-    writer.set_types(run_id, evidence.dictionary, _types(writer, run_id, evidence.dictionary))
-    figures = summarise(writer, run_id, evidence.dictionary, config.seed)
+    results = writer.results(run_id, evidence.dictionary)
+    writer.set_types(run_id, evidence.dictionary, _types(results))
+    figures = summarise(results, generator(config.seed, "summary", evidence.dictionary))
     writer.finish_run(run_id, "finished", figures)
     return figures
 
@@ -163,11 +165,12 @@ def _floors(
     progress: Progress,
     stop: Stop,
 ) -> None:
-    explained = writer.explained(run_id, evidence.dictionary)
+    results = writer.results(run_id, evidence.dictionary)
+    explained = results.explained()
     seed = floors_seed(config.seed, evidence.dictionary)
     floors = plan_floors(evidence, list(explained), config.label.floors, seed)
     done = set(writer.labeled(run_id, evidence.dictionary, floors=True).tolist())
-    explanations = writer.explanations([explained[latent] for latent in sorted(floors.lenders)])
+    explanations = results.explanations([explained[latent] for latent in sorted(floors.lenders)])
     missing = [latent for latent in floors.subset if latent not in done]
     with progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
         write = _publishing(writer, lambda records: writer.record(run_id, records, floors=True), advance)
@@ -177,10 +180,10 @@ def _floors(
         raise Interrupted
 
 
-def _types(writer: Writer, run_id: str, dictionary: str) -> dict[int, str]:
+def _types(results: RunResults) -> dict[int, str]:
     scores: dict[str, list[Scored]] = {}
     floors: dict[str, list[float]] = {}
-    for latent, evaluator, baseline, value, low in writer.balanced_accuracies(run_id, dictionary):
+    for latent, evaluator, baseline, value, low in results.balanced_accuracies():
         if baseline is None:
             scores.setdefault(evaluator, []).append(Scored(latent, value, low))
         elif baseline == "shuffled":

@@ -9,11 +9,10 @@ import numpy as np
 
 from exegete.evaluators.baselines import BASELINES
 from exegete.evaluators.statistics import Interval, mean_interval, paired_interval
-from exegete.tools.seeds import generator
-from exegete.tools.store import Writer
+from exegete.tools.store.results import RunResults
 
 
-def summarise(writer: Writer, run_id: str, dictionary: str, seed: int) -> dict[str, Any]:
+def summarise(results: RunResults, rng: np.random.Generator) -> dict[str, Any]:
     """Return the figures of one dictionary's run.
 
     `outcomes`: status → latents; `types`: type → latents; per evaluator the mean balanced accuracy over latents with its
@@ -21,17 +20,13 @@ def summarise(writer: Writer, run_id: str, dictionary: str, seed: int) -> dict[s
     """
     own: dict[str, dict[int, float]] = {}
     floors: dict[tuple[str, str], dict[int, float]] = {}
-    for latent, evaluator, baseline, value, _ in writer.balanced_accuracies(run_id, dictionary):
+    for latent, evaluator, baseline, value, _ in results.balanced_accuracies():
         if baseline is None:
             own.setdefault(evaluator, {})[latent] = value
         else:
             floors.setdefault((evaluator, baseline), {})[latent] = value
-    outcomes, types = writer.outcomes(run_id, dictionary)
-    evaluators = {
-        name: _evaluator(name, scores, floors, generator(seed, "summary", dictionary, name))
-        for name, scores in sorted(own.items())
-    }
-    return {"outcomes": outcomes, "types": types, "evaluators": evaluators}
+    evaluators = {name: _evaluator(name, scores, floors, rng) for name, scores in sorted(own.items())}
+    return {"outcomes": results.counts("status"), "types": results.counts("typed"), "evaluators": evaluators}
 
 
 def _evaluator(

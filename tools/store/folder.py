@@ -43,7 +43,9 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             strangers = [entry.name for entry in folder.iterdir() if entry.name not in (*_FOLDERS, f".{_MARKER}")]
             if strangers:
-                raise UserError(f"{str(folder)!r} is no store and holds {min(strangers)!r}; name an empty or a new folder")
+                raise UserError(
+                    f"{str(folder)!r} is no store and holds {min(strangers)!r}; name an empty or a new folder"
+                )
             for name in _FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
             marker = folder / f".{_MARKER}"
@@ -51,7 +53,9 @@ class Store:
             marker.rename(folder / _MARKER)
             sync_folder(folder)
         except OSError as error:
-            raise UserError(f"cannot make a store in {str(folder)!r} ({error.strerror}); name another folder") from error
+            raise UserError(
+                f"cannot make a store in {str(folder)!r} ({error.strerror}); name another folder"
+            ) from error
         return cls.open(folder)
 
     @classmethod
@@ -69,7 +73,9 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(marker)!r} is damaged; restore it as {json.dumps({'format': FORMAT})}") from error
         if found > FORMAT:
-            raise UserError(f"{str(folder)!r} has store format {found}; this exegete knows {FORMAT}: pip install -U exegete")
+            raise UserError(
+                f"{str(folder)!r} has store format {found}; this exegete knows {FORMAT}: pip install -U exegete"
+            )
         return cls(folder.resolve())
 
     def evidence_folder(self, dictionary: str) -> Path:
@@ -127,7 +133,9 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
     try:
         connection = duckdb.connect(str(folder / "run.duckdb"))
     except duckdb.Error as error:
-        raise UserError(f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?") from error
+        raise UserError(
+            f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?"
+        ) from error
     try:
         migrate(connection, where)
         registered = {part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()}
@@ -135,7 +143,9 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
         discard(folder)
     except (duckdb.IOException, duckdb.FatalException, OSError) as error:
         connection.close()
-        raise UserError(f"cannot write to {where} ({str(error).splitlines()[0]}); free some space and resume") from error
+        raise UserError(
+            f"cannot write to {where} ({str(error).splitlines()[0]}); free some space and resume"
+        ) from error
     except BaseException:
         connection.close()
         raise

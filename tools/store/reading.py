@@ -39,7 +39,9 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
     except duckdb.Error as error:
         connection.close()
         first = str(error).splitlines()[0]
-        raise UserError(f"the snapshot of the store {str(store)!r} cannot be read ({first}); publish it again") from error
+        raise UserError(
+            f"the snapshot of the store {str(store)!r} cannot be read ({first}); publish it again"
+        ) from error
     except BaseException:
         connection.close()
         raise

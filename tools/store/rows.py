@@ -11,7 +11,13 @@ import pyarrow as pa
 from exegete.tools.store.records import LatentRecord
 
 RESULTS = pa.schema(
-    [("run", pa.string()), ("dictionary", pa.string()), ("latent", pa.int32()), ("status", pa.string()), ("detail", pa.string())]
+    [
+        ("run", pa.string()),
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("status", pa.string()),
+        ("detail", pa.string()),
+    ]
 )
 EXPLANATIONS = pa.schema(
     [
@@ -70,10 +76,26 @@ def results(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     return _table(RESULTS, [(run, r.dictionary, r.latent, r.status, r.detail) for r in records])
 
 
+def floors(run: str, records: Sequence[LatentRecord]) -> pa.Table:
+    """One row a latent whose floors the record holds."""
+    return results(run, records).select(["run", "dictionary", "latent"])
+
+
 def explanations(records: Sequence[LatentRecord]) -> pa.Table:
     """One row an explanation; the same explanation twice in a record is one row."""
     found = {
-        key: (key, r.dictionary, r.latent, e.text, e.predicate, e.explainer, e.model, e.prompt_digest, _json(e.parameters), e.parent)
+        key: (
+            key,
+            r.dictionary,
+            r.latent,
+            e.text,
+            e.predicate,
+            e.explainer,
+            e.model,
+            e.prompt_digest,
+            _json(e.parameters),
+            e.parent,
+        )
         for r in records
         for e, key in r.explanations
     }
@@ -85,7 +107,20 @@ def scores(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     return _table(
         SCORES,
         [
-            (run, r.dictionary, r.latent, key, s.evaluator, s.metric, s.value, s.low, s.high, s.n, s.failures, s.baseline)
+            (
+                run,
+                r.dictionary,
+                r.latent,
+                key,
+                s.evaluator,
+                s.metric,
+                s.value,
+                s.low,
+                s.high,
+                s.n,
+                s.failures,
+                s.baseline,
+            )
             + (s.status, _json(s.parameters))
             for r in records
             for key, s in r.scores
@@ -113,7 +148,9 @@ def verdicts(run: str, records: Sequence[LatentRecord]) -> pa.Table:
 
 def _table(schema: pa.Schema, found: Sequence[tuple[Any, ...]]) -> pa.Table:
     columns = list(zip(*found, strict=True)) if found else [()] * len(schema)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )
 
 
 def _json(value: Mapping[str, Any]) -> str:

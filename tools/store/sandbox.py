@@ -76,7 +76,9 @@ def _checked(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
         raise ToolError(f"only a SELECT can be run: {tree['error_message']}")
     if len(tree["statements"]) != 1:
         raise ToolError(f"one SELECT at a time; this is {len(tree['statements'])}")
-    views = {name for (name,) in connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()}
+    views = {
+        name for (name,) in connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
+    }
     _check_tree(tree, views)
     statements: list[duckdb.Statement] = connection.extract_statements(sql)
     return statements[0].query.strip().rstrip(";")
@@ -90,7 +92,9 @@ def _check_tree(tree: Any, views: set[str]) -> None:
         if kind == "BASE_TABLE":
             name = node["table_name"]
             if node["schema_name"] or node["catalog_name"] or name.strip('"') not in known:
-                raise ToolError(f"there is no view {name!r}; there are: {', '.join(sorted(views))}.{nearest(name, views)}")
+                raise ToolError(
+                    f"there is no view {name!r}; there are: {', '.join(sorted(views))}.{nearest(name, views)}"
+                )
         elif kind == "TABLE_FUNCTION" and node["function"]["function_name"].lower() not in _TABLE_FUNCTIONS:
             raise ToolError(f"{node['function']['function_name']}() cannot be used here; read from the views")
         elif kind == "SHOW_REF":
@@ -113,14 +117,16 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lock_down(connection: duckdb.DuckDBPyConnection, folder: Path, memory_limit: str) -> None:
-    found = connection.execute("SELECT sql FROM duckdb_views() WHERE view_name = 'examples' ORDER BY temporary DESC").fetchone()
+    found = connection.execute(
+        "SELECT sql FROM duckdb_views() WHERE view_name = 'examples' ORDER BY temporary DESC"
+    ).fetchone()
     assert found is not None  # every snapshot has the view
     whole = found[0][found[0].index(" AS ") + 4 :].rstrip().rstrip(";")
     connection.execute(f"CREATE OR REPLACE TEMP VIEW examples AS SELECT * FROM ({whole}) WHERE split <> 'test'")
     allowed = [str(folder / name) for name in ("evidence", "verdicts")]
+    connection.execute("SET temp_directory = ''")
     connection.execute("SET allowed_directories = $1", [allowed])
     connection.execute("SET enable_external_access = false")
-    connection.execute("SET temp_directory = ''")
     connection.execute(f"SET memory_limit = '{memory_limit}'")
     connection.execute("SET threads = 2")
     connection.execute("SET lock_configuration = true")

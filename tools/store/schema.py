@@ -48,10 +48,14 @@ def migrate(connection: duckdb.DuckDBPyConnection, where: str) -> None:
         if version not in applied:
             connection.begin()
             connection.execute(sql)
-            connection.execute("INSERT INTO main.migrations VALUES (?, ?, ?, ?)", [version, name, digest(sql), utc_now()])
+            connection.execute(
+                "INSERT INTO main.migrations VALUES (?, ?, ?, ?)", [version, name, digest(sql), utc_now()]
+            )
             connection.commit()
         elif applied[version] != digest(sql):
-            raise UserError(f"{where} was made with another {name!r} than this version of exegete has; use the version that made it")
+            raise UserError(
+                f"{where} was made with another {name!r} than this version of exegete has; use the version that made it"
+            )
 
 
 def utc_now() -> datetime:

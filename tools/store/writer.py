@@ -18,6 +18,7 @@ from exegete.tools.seeds import digest
 from exegete.tools.store import publishing, rows
 from exegete.tools.store.parts import write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
+from exegete.tools.store.results import RunResults
 from exegete.tools.store.schema import utc_now
 
 if TYPE_CHECKING:
@@ -31,14 +32,24 @@ class Writer:
         self._folder = folder
         self._connection = connection
         self._lock = threading.RLock()
-        self._recorded: dict[tuple[str, str], set[int]] = {}
+        self._recorded: dict[tuple[str, str, bool], set[int]] = {}
 
     def add_dictionary(self, dictionary: DictionaryRecord) -> None:
         """Register a dictionary; once its evidence is finished, the views show its latents. Adding it again changes nothing."""
         d = dictionary
-        values = [d.dictionary, d.name, d.subject, d.hook_point, d.latents, evidence_path(d.dictionary), _json(d.provenance)]
+        values = [
+            d.dictionary,
+            d.name,
+            d.subject,
+            d.hook_point,
+            d.latents,
+            evidence_path(d.dictionary),
+            _json(d.provenance),
+        ]
         with self._transaction() as connection:
-            connection.execute("INSERT INTO data.dictionaries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", values)
+            connection.execute(
+                "INSERT INTO data.dictionaries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", values
+            )
 
     def dictionaries(self) -> list[DictionaryRecord]:
         """Return the registered dictionaries, ascending by fingerprint."""
@@ -63,21 +74,24 @@ class Writer:
 
     def runs(self) -> list[RunRecord]:
         """Return all runs, the one begun last first."""
-        query = "SELECT run, dictionary, status, seed, code_version, config FROM data.runs ORDER BY started_at DESC, run"
+        query = (
+            "SELECT run, dictionary, status, seed, code_version, config FROM data.runs ORDER BY started_at DESC, run"
+        )
         with self._lock:
             found = self._connection.execute(query).fetchall()
         return [RunRecord(*row[:5], json.loads(row[5])) for row in found]
 
-    def record(self, run: str, records: Sequence[LatentRecord]) -> None:
+    def record(self, run: str, records: Sequence[LatentRecord], floors: bool = False) -> None:
         """Write records of latents in one transaction: all of them or none. 250–500 at a time.
 
-        A latent that the run has recorded already is left as it is.
+        With `floors`, they hold the floors of latents that are recorded already. A latent that the run has recorded in
+        this way already is left as it is.
 
         Raises:
             UserError: the disk is full; nothing of `records` was stored.
         """
         with self._lock:
-            new = self._unrecorded(run, records)
+            new = self._unrecorded(run, records, floors)
             if not new:
                 return
             try:
@@ -86,18 +100,24 @@ class Writer:
             except OSError as error:
                 raise self._unwritten(error) from error
             with self._transaction() as connection:
-                self._insert("results", rows.results(run, new))
+                self._insert(
+                    "floors" if floors else "results", rows.floors(run, new) if floors else rows.results(run, new)
+                )
                 self._insert_explanations(rows.explanations(new))
                 self._insert("scores", rows.scores(run, new))
                 if part is not None:
                     connection.execute("INSERT INTO data.verdict_parts VALUES (?, ?)", [part, verdicts.num_rows])
             for record in new:
-                self._recorded[run, record.dictionary].add(record.latent)
+                self._recorded[run, record.dictionary, floors].add(record.latent)
 
-    def labeled(self, run: str, dictionary: str) -> NDArray[np.int64]:
-        """Return the latents that `run` has recorded, whatever their outcome, ascending."""
+    def labeled(self, run: str, dictionary: str, floors: bool = False) -> NDArray[np.int64]:
+        """Return the latents that `run` has recorded, whatever their outcome (or whose floors it has), ascending."""
         with self._lock:
-            return np.array(sorted(self._recorded_latents(run, dictionary)), dtype=np.int64)
+            return np.array(sorted(self._recorded_latents(run, dictionary, floors)), dtype=np.int64)
+
+    def results(self, run: str, dictionary: str) -> RunResults:
+        """Return what `run` has found out about `dictionary` so far, for reading back."""
+        return RunResults(self._connection, run, dictionary)
 
     def set_types(self, run: str, dictionary: str, types: Mapping[int, str]) -> None:
         """Replace the types (PROTOCOLS §12) of a run's latents: `input`, `unexplained`, `rare`, …"""
@@ -127,18 +147,18 @@ class Writer:
             except (OSError, duckdb.IOException, duckdb.FatalException) as error:
                 raise self._unwritten(error) from error
 
-    def _recorded_latents(self, run: str, dictionary: str) -> set[int]:
-        key = (run, dictionary)
+    def _recorded_latents(self, run: str, dictionary: str, floors: bool) -> set[int]:
+        key = (run, dictionary, floors)
         if key not in self._recorded:
-            query = "SELECT latent FROM data.results WHERE run = ? AND dictionary = ?"
+            query = f"SELECT latent FROM data.{'floors' if floors else 'results'} WHERE run = ? AND dictionary = ?"
             found = self._connection.execute(query, [run, dictionary]).fetchnumpy()["latent"]
             self._recorded[key] = set(found.tolist())
         return self._recorded[key]
 
-    def _unrecorded(self, run: str, records: Sequence[LatentRecord]) -> list[LatentRecord]:
+    def _unrecorded(self, run: str, records: Sequence[LatentRecord], floors: bool) -> list[LatentRecord]:
         new: dict[tuple[str, int], LatentRecord] = {}
         for record in sorted(records, key=lambda r: (r.dictionary, r.latent)):
-            if record.latent not in self._recorded_latents(run, record.dictionary):
+            if record.latent not in self._recorded_latents(run, record.dictionary, floors):
                 new.setdefault((record.dictionary, record.latent), record)
         return list(new.values())
 

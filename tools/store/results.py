@@ -1,0 +1,65 @@
+"""What a run reads back of its own results, to plan its floors, type its latents and sum itself up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from exegete.tools.explainers import Explanation
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+class BalancedAccuracy(NamedTuple):
+    """One latent's balanced accuracy on one evaluator, its own or a floor's."""
+
+    latent: int
+    evaluator: str
+    baseline: str | None
+    value: float
+    low: float
+
+
+class RunResults:
+    """The results of one run on one dictionary, as the writer sees them."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, run: str, dictionary: str) -> None:
+        """Read through `connection`; `run` and `dictionary` as the store knows them."""
+        self._connection = connection
+        self._key = [run, dictionary]
+
+    def explained(self) -> dict[int, str]:
+        """Return latent → id of its scored explanation, ascending by latent."""
+        query = (
+            "SELECT DISTINCT latent, explanation_id FROM data.scores"
+            " WHERE run = ? AND dictionary = ? AND baseline IS NULL ORDER BY ALL"
+        )
+        return dict(self._connection.execute(query, self._key).fetchall())
+
+    def explanations(self, ids: Sequence[str]) -> dict[int, Explanation]:
+        """Return latent → explanation for the explanations of these ids."""
+        query = (
+            "SELECT latent, text, predicate, explainer, model, prompt_digest, parameters, parent FROM data.explanations"
+            " WHERE dictionary = ? AND explanation_id IN (SELECT unnest(?::VARCHAR[]))"
+        )
+        found = self._connection.execute(query, [self._key[1], list(ids)]).fetchall()
+        return {
+            latent: Explanation(text, predicate, explainer, model, prompt, json.loads(parameters), parent)
+            for latent, text, predicate, explainer, model, prompt, parameters, parent in found
+        }
+
+    def balanced_accuracies(self) -> list[BalancedAccuracy]:
+        """Return every balanced accuracy that has a value, own and floors, in a fixed order."""
+        query = (
+            "SELECT latent, evaluator, baseline, value, low FROM data.scores WHERE run = ? AND dictionary = ?"
+            " AND metric = 'balanced_accuracy' AND value IS NOT NULL ORDER BY latent, evaluator, baseline NULLS FIRST"
+        )
+        return [BalancedAccuracy(*row) for row in self._connection.execute(query, self._key).fetchall()]
+
+    def counts(self, column: str) -> dict[str, int]:
+        """Return how many latents have each value of `status` (outcomes) or `typed` (types)."""
+        table = {"status": "results", "typed": "typing"}[column]
+        query = f"SELECT {column}, count(*) FROM data.{table} WHERE run = ? AND dictionary = ? GROUP BY 1 ORDER BY 1"
+        return dict(self._connection.execute(query, self._key).fetchall())
