@@ -5,7 +5,8 @@ What `load_dictionary` takes:
 1. a folder that SAELens saved (`cfg.json`, `sae_weights.safetensors`) – see `dictionary_saelens`;
 2. a folder that sparsify saved (`cfg.json`, `sae.safetensors`), whose name says where it belongs: `layers.6`;
 3. a folder with `dictionary.json` and `dictionary.safetensors`, the form for everyone else's (`_load_plain`);
-4. `release/id` of SAELens' registry, or `saelens:release/id`, for example `gpt2-small-res-jb/blocks.8.hook_resid_pre`.
+4. `release/id` of SAELens' registry, or `saelens:release/id`, for example `gpt2-small-res-jb/blocks.8.hook_resid_pre`;
+5. `sparsify:user/repository/layers.6`, a sparsify folder on the Hugging Face hub.
 
 Only safetensors are read. Pickles are refused: loading one runs whatever code it holds.
 """
@@ -44,13 +45,15 @@ def load_dictionary(spec: str, subject: Subject) -> Dictionary:
     """
     from exegete.tools.dictionary_saelens import load_registered, load_saelens_folder
 
-    folder = Path(spec.removeprefix("saelens:")).expanduser()
+    folder = Path(spec.removeprefix("saelens:").removeprefix("sparsify:")).expanduser()
+    if not folder.is_dir() and spec.startswith("sparsify:"):
+        folder = _fetch_sparsify(spec)
     if not folder.is_dir():
         _require_registered(spec, folder)
         return load_registered(spec, subject)
     files: dict[str, Callable[[Path, str, Subject], Dictionary]] = {
         "sae_weights.safetensors": load_saelens_folder,
-        "sae.safetensors": load_sparsify_folder,
+        "sae.safetensors": _load_sparsify_folder,
         "dictionary.safetensors": _load_plain,
     }
     for file, load in files.items():
@@ -99,7 +102,27 @@ def read_weights(path: Path, name: str) -> dict[str, Tensor]:
     return weights
 
 
-def load_sparsify_folder(folder: Path, name: str, subject: Subject) -> Dictionary:
+def not_fetched(spec: str, error: Exception) -> UserError:
+    """Return what to tell the user when the hub did not give a dictionary."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"cannot fetch dictionary {spec!r}; is the hub reachable, or the file cached? ({reason})")
+
+
+def _fetch_sparsify(spec: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    parts = spec.removeprefix("sparsify:").split("/")
+    if len(parts) < 3:
+        raise UserError(f"{spec!r} does not name a dictionary; expected sparsify:user/repository/layers.6")
+    repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        hf_hub_download(repository, f"{folder}/cfg.json")
+        return Path(hf_hub_download(repository, f"{folder}/sae.safetensors")).parent
+    except (OSError, ValueError) as error:
+        raise not_fetched(spec, error) from error
+
+
+def _load_sparsify_folder(folder: Path, name: str, subject: Subject) -> Dictionary:
     """Load what EleutherAI's sparsify (`sae` before) saved with `SparseCoder.save_to_disk`.
 
     Encodes as `sparsify/sparse_coder.py` does: autoencoders subtract `b_dec` first, transcoders do not.
@@ -152,10 +175,10 @@ def _sparsify_variant(plain: PlainDictionary, configuration: Mapping[str, Any], 
     if skip is not None:
         across = skip.to(plain.encoder)
         decode = lambda z, given: plain.decode(z) + given.to(across) @ across.T  # type: ignore[union-attr]  # noqa: E731
-    return opaque_from(plain, encode, decode, conditioned=skip is not None)
+    return _opaque_from(plain, encode, decode, conditioned=skip is not None)
 
 
-def opaque_from(
+def _opaque_from(
     plain: PlainDictionary,
     encode: Callable[[Tensor], Tensor],
     decode: Callable[[Tensor, Tensor | None], Tensor],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from exegete.tools.dictionaries import Activation, Dictionary, OpaqueDictionary, PlainDictionary, dictionary_fingerprint
-from exegete.tools.dictionary_loaders import load_sparsify_folder, read_json, require_fit
+from exegete.tools.dictionary_loaders import not_fetched, read_json, require_fit
 from exegete.tools.errors import UserError
 from exegete.tools.subject import PROCESSING, Subject
 from exegete.tools.weights import no_pickles, require_finite
@@ -74,21 +74,13 @@ def load_registered(spec: str, subject: Subject) -> Dictionary:
         UserError: there is no such entry, the hub cannot be reached, or it does not fit the subject.
     """
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     release, entry = _registered(spec)
-    lookup = get_pretrained_saes_directory().get(release)
     try:
-        if lookup is not None and lookup.conversion_func == "sparsify":
-            folder = _fetch_sparsify(lookup.repo_id, lookup.saes_map[entry])
-            return load_sparsify_folder(folder, f"{release}/{entry}", subject)
         with _quiet(), no_pickles(f"dictionary {spec!r}"):
             sae = SAE.from_pretrained(release, entry)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot fetch dictionary {spec!r}; is the hub reachable, or the file cached? ({reason})"
-        ) from error
+        raise not_fetched(spec, error) from error
     return dictionary_of_sae(sae, f"{release}/{entry}", subject)
 
 
@@ -249,14 +241,6 @@ def _near(word: str, known: Mapping[str, Any]) -> str:
     """Name the nearest entries; where none is near, the first few."""
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.4) or list(known)[:3]
     return f" Nearest: {', '.join(map(repr, near))}"
-
-
-def _fetch_sparsify(repository: str, folder: str) -> Path:
-    """Download a sparsify folder; SAELens' own conversion of it takes the decoder the wrong way round."""
-    from huggingface_hub import hf_hub_download
-
-    hf_hub_download(repository, f"{folder}/cfg.json")
-    return Path(hf_hub_download(repository, f"{folder}/sae.safetensors")).parent
 
 
 def _damaged(name: str, error: Exception) -> UserError:
