@@ -90,7 +90,7 @@ def _read_string(source: str, at: int) -> tuple[str, int]:
             parts.append(_ESCAPES[char])
             at += 2
         else:
-            raise PredicateError(f"no escape \\{char}; there are \\\" \\\\ \\n \\r \\t \\u{{HEX}}", source, at)
+            raise PredicateError(f'no escape \\{char}; there are \\" \\\\ \\n \\r \\t \\u{{HEX}}', source, at)
 
 
 class _Parser:

@@ -17,12 +17,12 @@ matches each token of the word cat or dog that has a token starting with " the" 
   a part of, whatever the tokens it is cut into, in lower case: the tokens " Swi", "fty", "," have the word swifty,
   swifty and none.
 - `before(n): p` holds where p holds at one of the n tokens before; `after`, `around` alike. `position` counts from 0.
-- `like` and `matches` are regular patterns on the whole token or word; see `exegete.tools.patterns`. A `like` pattern on
-  a word has no capitals to match: it is lower-cased.
+- `like` and `matches` are regular patterns on the whole token or word; see `exegete.tools.patterns`. A `like` pattern
+  on a word has no capitals to match: it is lower-cased.
 - Strings are in double quotes with `\" \\ \n \r \t \u{HEX}`. Sets may be empty.
 
-Parsing and matching are total: any text parses or raises `PredicateError`, which quotes the position; matching is linear
-in the tokens and never raises.
+Parsing and matching are total: any text parses or raises `PredicateError`, which quotes the position; matching is
+linear in the tokens and never raises.
 """
 
 from __future__ import annotations
