@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,10 @@ from exegete.tools.corpus_readers import Source
 from exegete.tools.corpus_recurrence import find_usable_windows
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
-from exegete.tools.subject import Subject
 from exegete.tools.windows import CONTEXT_TOKENS, SPLITS, WINDOW_TOKENS, Split
+
+if TYPE_CHECKING:
+    from exegete.tools.subject import Subject
 
 DEFAULT_SPLITS: Mapping[Split, float] = {"explain": 0.5, "refine": 0.2, "test": 0.3}
 

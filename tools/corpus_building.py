@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from exegete.tools.corpus_readers import Source
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import derive_seed
-from exegete.tools.subject import Subject
 from exegete.tools.windows import SPLITS, Split
+
+if TYPE_CHECKING:
+    from exegete.tools.subject import Subject
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CONTEXTS = 8_192
