@@ -24,7 +24,9 @@ TOP_WINDOWS = 3
 QUANTILE_WINDOWS = 4
 MISTAKES = 4
 STATISTICS = ("density", "firing_tokens", "firing_windows", "tokens", "mean", "standard_deviation", "peak")
+_EXPLANATION_COLUMNS = "latent, explanation_id, text, predicate, explainer, model"
 _SHOWN_AS = {"\n": "⏎", "\t": "→", "\r": "\\r"}
+_UNSEEN = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,7 @@ def visible(text: str) -> str:
 
     For example ESC becomes `\\x1b` and the right-to-left override `\\u202e`; line breaks become `⏎`.
     """
-    return "".join(
-        _SHOWN_AS.get(c) or (_escape(c) if unicodedata.category(c)[0] == "C" or c in "  " else c) for c in text
-    )
+    return "".join(_SHOWN_AS.get(c) or (_escape(c) if unicodedata.category(c) in _UNSEEN else c) for c in text)
 
 
 def choose_dictionary(connection: duckdb.DuckDBPyConnection, wanted: str | None) -> str:
@@ -186,14 +186,8 @@ def _explanations(
     connection: duckdb.DuckDBPyConnection, dictionary: str, latents: Sequence[int], run: str | None
 ) -> dict[int, dict[str, Any]]:
     """Return for each latent the explanation that scored best (in `run`), else one that nothing scored."""
-    columns = "latent, explanation_id, text, predicate, explainer, model"
-    found = {
-        row["latent"]: {**row, "run": None}
-        for row in sorted(
-            _rows(connection, "explanations", columns, dictionary, latents), key=lambda row: str(row["explanation_id"])
-        )
-    }
-    by_id = {row["explanation_id"]: row for row in found.values()}
+    rows = _rows(connection, "explanations", _EXPLANATION_COLUMNS, dictionary, latents)
+    by_id = {row["explanation_id"]: row for row in sorted(rows, key=lambda row: str(row["explanation_id"]))}
     scored = connection.execute(
         """SELECT latent, explanation_id, run FROM scores
         WHERE dictionary = ? AND latent IN (SELECT unnest(?::INTEGER[])) AND run = coalesce(?, run)
@@ -201,12 +195,12 @@ def _explanations(
         GROUP BY ALL ORDER BY avg(value) DESC NULLS LAST, explanation_id, run""",
         [dictionary, list(latents), run],
     ).fetchall()
-    by_id |= {row["explanation_id"]: row for row in _rows(connection, "explanations", columns, dictionary, latents)}
     best: dict[int, dict[str, Any]] = {}
     for latent, identity, scored_in in scored:
-        if identity in by_id:
-            best.setdefault(latent, {**by_id[identity], "run": scored_in})
-    return found | best
+        best.setdefault(latent, {**by_id[identity], "run": scored_in})
+    for row in by_id.values():
+        best.setdefault(row["latent"], {**row, "run": None})
+    return best
 
 
 def _scores(connection: duckdb.DuckDBPyConnection, which: tuple[str, int, str, str | None]) -> tuple[ScoreRow, ...]:
@@ -266,9 +260,10 @@ def _chosen(own: LatentEvidence) -> list[tuple[str, Window]]:
         if window.stratum is not None and window.id not in seen:
             strata.setdefault(window.stratum, window)
     levels = sorted(strata, reverse=True)
+    count = 1 + max((window.stratum for window in firing if window.stratum is not None), default=0)
     for level in levels[:: max(1, -(-len(levels) // QUANTILE_WINDOWS))]:
         window = strata[level]
-        chosen.append((f"quantile {level + 1} of {max(strata) + 1} · peak {window.peak:.3g}", window))
+        chosen.append((f"quantile {level + 1} of {count} · peak {window.peak:.3g}", window))
     return chosen
 
 
