@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from exegete.tools.explainers.rules import Index, Key, token_keys, word_keys
-from exegete.tools.predicates import words_of
+from exegete.tools.explainers.rules import Index, Key, cached_words, token_keys, word_keys
 
 COMMON = 0.02
 """A rule that holds in a larger share of the non-firing windows is also tried together with a context."""
@@ -31,7 +30,7 @@ class Settings:
 
     discount: float = 0.1
     """Taken off the windows and firing tokens that each rule adds."""
-    token_weight: float = 0.6
+    token_weight: float = 0.7
     """Weight of the gain over tokens beside that over windows."""
     contexts: bool = True
     alone: int = 2
@@ -70,8 +69,14 @@ class Contrast:
         self.index = index
         self.left_out = left_out
         self.count = max(index.count - len(left_out), 1)
-        self.tokens = max(len(index.window), 1)
         self._known: dict[Key, tuple[frozenset[int], float]] = {}
+
+    def without(self, fold: int, folds: int) -> tuple[Contrast, frozenset[int]]:
+        """Return the contrast less every `folds`-th window from `fold` on, and those windows."""
+        held = frozenset(range(fold, self.index.count, folds)) - self.left_out
+        part = Contrast(self.index, self.left_out | held)
+        part._known = {key: (windows - held, share) for key, (windows, share) in self._known.items()}
+        return part, held
 
     def find(self, keys: set[Key]) -> None:
         """Look up in one pass those of `keys` that are not known yet."""
@@ -82,8 +87,15 @@ class Contrast:
         if key not in self._known:
             places = self.index.places(key)
             windows = frozenset(self.index.windows_of(places))
-            self._known[key] = windows - self.left_out, len(places) / self.tokens
+            self._known[key] = windows - self.left_out, len(places) / max(len(self.index.window), 1)
         return self._known[key]
+
+    def rates(self, keys: Sequence[Key], held: frozenset[int]) -> tuple[float, float]:
+        """Return the shares of the windows `held`, and of their tokens, at which any of the rules holds."""
+        places = frozenset[int]().union(*(self.index.places(key) for key in keys))
+        inside = [self.index.window[p] for p in places if self.index.window[p] in held]
+        tokens = len(self.index.window) * len(held) / max(self.index.count, 1)
+        return len(set(inside)) / max(len(held), 1), min(len(inside) / max(tokens, 1), 1.0)
 
 
 def learn(shown: Sequence[Shown], contrast: Contrast, settings: Settings, whole_words: bool) -> list[Rule]:
@@ -136,7 +148,7 @@ def _candidate_keys(shown: Sequence[Shown], settings: Settings, whole_words: boo
     stems: dict[Key, set[str]] = {}
     near: dict[Key, int] = {}
     for one in shown:
-        words = words_of(one.tokens)
+        words = cached_words(one.tokens)
         for at in one.firing:
             token = one.tokens[at]
             bare = token.strip()

@@ -90,31 +90,37 @@ def cut_at_whitespace(shown: Sequence[Shown]) -> bool:
 
 
 def _holds_up(shown: Sequence[Shown], contrast: Contrast, settings: Settings, whole_words: bool) -> bool:
-    """Return whether rules learned without some firing windows recognise those, as windows or by their firing tokens.
+    """Return whether rules learned without a part of all windows recognise the firing ones of that part.
 
-    Either rate must exceed its false positive rate, over all non-firing windows or tokens, by 1.96 standard errors of the
-    windows left out: together at most about 5 % for a latent that fires at random.
+    Either their rate over windows or that over firing tokens must exceed the false positive rate, on the non-firing part,
+    by 1.96 standard errors: together at most about 5 % for a latent that fires at random.
     """
     if len(shown) < LEAST_TESTED:
         return True
     hits = marked = false_windows = false_tokens = 0.0
     for fold in range(FOLDS):
         left = shown[fold::FOLDS]
-        rules = learn([s for n, s in enumerate(shown) if n % FOLDS != fold], contrast, settings, whole_words)
+        part, held = contrast.without(fold, FOLDS)
+        rules = learn([s for n, s in enumerate(shown) if n % FOLDS != fold], part, settings, whole_words)
         predicate = Predicate(join("or", [node_of(rule.key) for rule in rules]))
         for one in left:
-            held = predicate.matches(one.tokens)
-            hits += bool(held.any())
-            marked += float(held[list(one.firing)].mean())
-        share = len(left) / len(shown)
-        false_windows += share * len(frozenset[int]().union(*(r.false_windows for r in rules))) / contrast.count
-        false_tokens += share * min(sum(r.false_share for r in rules), 1.0)
-    return _exceeds(hits, false_windows, len(shown)) or _exceeds(marked, false_tokens, len(shown))
+            matched = predicate.matches(one.tokens)
+            hits += bool(matched.any())
+            marked += float(matched[list(one.firing)].mean())
+        windows, tokens = contrast.rates([rule.key for rule in rules], held)
+        false_windows += len(left) / len(shown) * windows
+        false_tokens += len(left) / len(shown) * tokens
+    silent = contrast.count
+    return _exceeds(hits / len(shown), false_windows, len(shown), silent) or _exceeds(
+        marked / len(shown), false_tokens, len(shown), silent
+    )
 
 
-def _exceeds(hits: float, rate: float, n: int) -> bool:
-    error = math.sqrt(max(rate * (1 - rate), 1 / n) / n)
-    return hits / n - rate > 1.96 * error
+def _exceeds(true: float, false: float, firing: int, silent: int) -> bool:
+    """Return whether two rates differ by 1.96 standard errors, each from at least one window of its kind."""
+    pooled = (true * firing + false * silent) / (firing + silent)
+    spread = max(pooled * (1 - pooled), 1 / (firing + silent))
+    return true - false > 1.96 * math.sqrt(spread * (1 / firing + 1 / silent))
 
 
 def _fitting(rules: Sequence[Rule]) -> list[Rule]:

@@ -7,8 +7,10 @@ token; and `&`, a rule with a context.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from exegete.tools.patterns import compile_matches, quote_like
@@ -25,6 +27,10 @@ SHAPES = {
     "characters beyond Latin letters": "\\s*[^\u0001-\u024f‐-\u206f]+",
 }
 REACH = {"b1": ("before", 1), "b3": ("before", 3), "a1": ("after", 1)}
+
+
+cached_words = lru_cache(maxsize=4096)(words_of)
+"""`words_of`, remembered while the folds of one latent pass over the same windows."""
 
 
 @lru_cache(maxsize=200_000)
@@ -75,13 +81,14 @@ class Index:
         for number, tokens in enumerate(windows):
             self.first.add(place)
             self.window.extend([number] * len(tokens))
-            for token, words in zip(tokens, words_of(tokens), strict=True):
+            for token, words in zip(tokens, cached_words(tuple(tokens)), strict=True):
                 self.tokens.setdefault(token, []).append(place)
                 for word in words:
                     self.words.setdefault(word, []).append(place)
                 place += 1
         self._known: dict[Key, frozenset[int]] = {}
         self._table: dict[Key, list[str]] | None = None
+        self._joined: dict[str, tuple[str, list[int], list[list[int]]]] = {}
 
     def prepare(self) -> None:
         """List the words under each of their rules once, for an index that serves many latents."""
@@ -130,11 +137,26 @@ class Index:
             return self._near(*REACH[kind], self.words.get(key[1], ()))
         if kind in "ps":
             return [p for word, at in self.words.items() if key in word_keys(word) for p in at]
-        if kind == "c":
-            return [p for word, at in self.words.items() if key[1] in word for p in at]
-        if kind == "i":
-            return [p for token, at in self.tokens.items() if key[1] in token for p in at]
+        if kind in "ci":
+            return [p for found in self._containing(kind, key[1]) for p in found]
         return [p for token, at in self.tokens.items() if key in token_keys(token) for p in at]
+
+    def _containing(self, kind: str, part: str) -> list[list[int]]:
+        """Return the places of the words or tokens that contain `part`, by one search through all of them joined."""
+        if kind not in self._joined:
+            table = self.words if kind == "c" else self.tokens
+            ends = list(accumulate(len(text) + 1 for text in table))
+            self._joined[kind] = ("\0".join(table), ends, list(table.values()))
+        joined, ends, places = self._joined[kind]
+        if "\0" in part:
+            return [at for text, at in self.tokens.items() if part in text]
+        found: list[list[int]] = []
+        start = joined.find(part)
+        while start >= 0:
+            number = bisect_right(ends, start)
+            found.append(places[number])
+            start = joined.find(part, ends[number])
+        return found
 
     def _near(self, side: str, count: int, places: Iterable[int]) -> set[int]:
         signs = range(1, count + 1) if side == "before" else range(-1, -count - 1, -1)
