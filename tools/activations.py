@@ -109,7 +109,7 @@ def run_pass(
             if is_complete(part):
                 watch(stop_at - start)
             else:
-                _run_slice(stream, part, start, stop_at, batch // micro, pool, settings, watch)
+                run_slice(stream, part, start, stop_at, batch // micro, pool, settings, watch)
         select_firing(folder, dictionary.latents, settings)
         _redo(stream, folder, batch // micro, settings, progress, stop)
         verify_rare_tokens(stream, folder, pool, settings, lambda total: _Watch("verification", total, progress, stop))
@@ -159,7 +159,7 @@ def _slices(folder: Path, stream: EventStream, settings: PassSettings) -> list[t
     return list(zip(slice_folders(folder, count), bounds[:-1], bounds[1:], strict=True))
 
 
-def _run_slice(
+def run_slice(
     stream: EventStream,
     part: Path,
     start: int,
@@ -167,8 +167,12 @@ def _run_slice(
     batch: int,
     pool: Pool,
     settings: PassSettings,
-    watch: _Watch,
+    watch: Callable[[], None] = lambda: None,
 ) -> None:
+    """Stream the micro-batches `start` … `stop` into the folder `part`, which is there afterwards whole or not at all.
+
+    `batch` micro-batches are read at a time; `watch` is called after each one.
+    """
     with whole_folder(part) as temporary:
         writer = _SliceWriter(temporary, stream.dictionary.latents, pool, settings)
         try:
