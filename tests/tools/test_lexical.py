@@ -15,10 +15,11 @@ from exegete.tools.explainers.lexical import LexicalExplainer
 from exegete.tools.predicates import parse
 from exegete.tools.windows import LatentEvidence, Window
 
-VOCABULARY = (
-    " the of because cat dog sing ring going walking seen 12 7 1999 Paris London tree house , . ! was by on road "
-    "green blue fast slow river mountain"
-).split(" ")[1:]
+WORDS = (
+    "the of because cat dog sing ring going walking seen 12 7 1999 Paris London tree house was by on road green blue "
+    "fast slow river mountain"
+)
+VOCABULARY = [*WORDS.split(), ",", ".", "!"]
 LEADING = [f" {word}" if word[0].isalnum() else word for word in VOCABULARY]
 Rule = Callable[[Sequence[str], int], bool]
 

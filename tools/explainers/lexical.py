@@ -35,6 +35,8 @@ FOLDS = 4
 LEAST_TESTED = 5
 """Firing windows below which there is too little to leave some out; the rules are then given untested."""
 MOST_SHOWN = 100
+CLEARLY = 2.58
+"""Standard errors by which a rate must exceed its false positive rate; folds share windows, so the tails are heavy."""
 
 
 @explainer("lexical")
@@ -67,7 +69,9 @@ class LexicalExplainer:
 
     def _contrast(self, latent: int, silent: Sequence[tuple[str, ...]], shown: Sequence[Shown]) -> Contrast:
         if len(silent) >= ENOUGH_OWN:
-            return Contrast(Index(silent))
+            index = Index(silent)
+            index.prepare()
+            return Contrast(index)
         if self._background.windows:
             if self._index is None:
                 self._index = Index([tokens for _, tokens in self._background.windows])
@@ -93,7 +97,7 @@ def _holds_up(shown: Sequence[Shown], contrast: Contrast, settings: Settings, wh
     """Return whether rules learned without a part of all windows recognise the firing ones of that part.
 
     Either their rate over windows or that over firing tokens must exceed the false positive rate, on the non-firing part,
-    by 1.96 standard errors: together at most about 5 % for a latent that fires at random.
+    by 2.58 standard errors.
     """
     if len(shown) < LEAST_TESTED:
         return True
@@ -117,10 +121,10 @@ def _holds_up(shown: Sequence[Shown], contrast: Contrast, settings: Settings, wh
 
 
 def _exceeds(true: float, false: float, firing: int, silent: int) -> bool:
-    """Return whether two rates differ by 1.96 standard errors, each from at least one window of its kind."""
+    """Return whether two rates differ by 2.58 standard errors, each from at least one window of its kind."""
     pooled = (true * firing + false * silent) / (firing + silent)
     spread = max(pooled * (1 - pooled), 1 / (firing + silent))
-    return true - false > 1.96 * math.sqrt(spread * (1 / firing + 1 / silent))
+    return true - false > CLEARLY * math.sqrt(spread * (1 / firing + 1 / silent))
 
 
 def _fitting(rules: Sequence[Rule]) -> list[Rule]:
