@@ -35,8 +35,8 @@ FOLDS = 4
 LEAST_TESTED = 5
 """Firing windows below which there is too little to leave some out; the rules are then given untested."""
 MOST_SHOWN = 100
-CLEARLY = 2.58
-"""Standard errors by which a rate must exceed its false positive rate; folds share windows, so the tails are heavy."""
+CHANCE = 0.005
+"""Probability under chance below which left-out windows count as recognised; small, as there are two tests and folds."""
 
 
 @explainer("lexical")
@@ -97,7 +97,7 @@ def _holds_up(shown: Sequence[Shown], contrast: Contrast, settings: Settings, wh
     """Return whether rules learned without a part of all windows recognise the firing ones of that part.
 
     Either their rate over windows or that over firing tokens must exceed the false positive rate, on the non-firing part,
-    by 2.58 standard errors.
+    by a binomial test.
     """
     if len(shown) < LEAST_TESTED:
         return True
@@ -121,10 +121,14 @@ def _holds_up(shown: Sequence[Shown], contrast: Contrast, settings: Settings, wh
 
 
 def _exceeds(true: float, false: float, firing: int, silent: int) -> bool:
-    """Return whether two rates differ by 2.58 standard errors, each from at least one window of its kind."""
-    pooled = (true * firing + false * silent) / (firing + silent)
-    spread = max(pooled * (1 - pooled), 1 / (firing + silent))
-    return true - false > CLEARLY * math.sqrt(spread * (1 / firing + 1 / silent))
+    """Return whether so many of `firing` windows by chance, at the false positive rate, has a binomial tail below CHANCE.
+
+    The rate is taken as if one more silent window had been hit.
+    """
+    rate = min((false * silent + 1) / (silent + 2), 1.0)
+    hits = math.floor(true * firing)
+    tail = sum(math.comb(firing, k) * rate**k * (1 - rate) ** (firing - k) for k in range(hits, firing + 1))
+    return tail < CHANCE
 
 
 def _fitting(rules: Sequence[Rule]) -> list[Rule]:
