@@ -14,8 +14,9 @@ The folder holds, whatever the evidence came from (an activation pass or an impo
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
@@ -81,6 +83,8 @@ LATENTS = pa.schema(
 `standard_deviation`: of the activation where it fires. `histogram`: firings per factor of two of the activation (see
 `activations`). `certified`: the uniform sample is provably exact. `explanation`: came with an import."""
 
+_LATENTS_AT_ONCE = 256
+"""Read together: bounds the memory, and keeps the cost of a query small beside what it returns."""
 _STATISTICS = ("tokens", "firing_tokens", "firing_windows", "density", "mean", "standard_deviation", "peak")
 
 
@@ -121,22 +125,30 @@ class Evidence:
         table = self._query("SELECT piece FROM vocabulary ORDER BY token").fetchall()
         return np.array([row[0] for row in table], dtype=object)
 
-    def read(self, latents: Sequence[int], purpose: Purpose) -> Iterator[LatentEvidence]:
-        """Yield the evidence of `latents`, ascending, holding only what `purpose` may see."""
+    def read(self, latents: Sequence[int], purpose: Purpose, *, first: int | None = None) -> Iterator[LatentEvidence]:
+        """Yield the evidence of `latents`, ascending, holding only what `purpose` may see.
+
+        `first`: only the windows of rank below this within each split and kind; any such prefix is spread over the
+        strata. None: all.
+        """
+        wanted = sorted(set(latents))
+        for start in range(0, len(wanted), _LATENTS_AT_ONCE):
+            yield from self._read(wanted[start : start + _LATENTS_AT_ONCE], purpose, first)
+
+    def _read(self, chunk: list[int], purpose: Purpose, first: int | None) -> Iterator[LatentEvidence]:
         visible = VISIBLE[purpose]
-        chunk = sorted(set(latents))
-        if not chunk:
-            return
         wanted = "latent BETWEEN ? AND ? AND latent IN (SELECT unnest(?::INTEGER[]))"
         bounds = [chunk[0], chunk[-1], chunk]
         columns = f"latent, status, explanation, {', '.join(_STATISTICS)}"
         heads = self._query(f"SELECT {columns} FROM latents WHERE {wanted} ORDER BY latent", bounds).fetchall()
-        items = self._query(
-            f"SELECT * FROM items WHERE {wanted} AND split IN (SELECT unnest(?)) ORDER BY latent, split, kind, rank",
-            [*bounds, list(visible)],
-        ).to_arrow_table()
-        windows = self._windows(items)
-        starts = np.searchsorted(items.column("latent").to_numpy(), [head[0] for head in heads] + [2**31 - 1])
+        items = (
+            f"SELECT * FROM items WHERE {wanted} AND split IN (SELECT unnest(?)) AND rank < ? "
+            "ORDER BY latent, split, kind, rank"
+        )
+        limit = 2**31 - 1 if first is None else first
+        table = self._table(items, [*bounds, list(visible), limit]).combine_chunks()
+        windows = self._windows(table)
+        starts = np.searchsorted(table.column("latent").to_numpy(), [head[0] for head in heads] + [2**31 - 1])
         sealed = frozenset(SPLITS) - frozenset(visible)
         for i, (latent, status, explanation, *numbers) in enumerate(heads):
             statistics = {k: float(v) for k, v in zip(_STATISTICS, numbers, strict=True) if v is not None}
@@ -144,23 +156,40 @@ class Evidence:
             yield LatentEvidence(latent, status, own, statistics, explanation, sealed)
 
     def _windows(self, items: pa.Table) -> list[Window]:
+        """Make the windows of all items, column by column: a window at a time would cost ten times as much."""
+        if not items.num_rows:
+            return []
         ids = items.column("window").to_numpy()
         rows = np.searchsorted(self._window_ids, ids)
-        offsets, pieces, tokens = self._window_offsets, self.pieces, self._window_tokens
-        documents = self._documents(ids)
-        made: list[Window] = []
-        for row, item in zip(rows.tolist(), items.to_pylist(), strict=True):
-            text = tuple(pieces[tokens[offsets[row] : offsets[row + 1]]].tolist())
-            made.append(_window(item, text, documents.get(item["window"])))
-        return made
+        offsets = np.asarray(self._window_offsets)
+        lengths = offsets[rows + 1] - offsets[rows]
+        ends = np.cumsum(lengths)
+        flat = np.arange(ends[-1]) + np.repeat(offsets[rows] - ends + lengths, lengths)
+        text = self.pieces[self._window_tokens[flat]].tolist()
+        spans = list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
+        activations = _activations(items, ends - lengths, int(ends[-1]))
+        columns = (
+            ids.tolist(),
+            (tuple(text[start:stop]) for start, stop in spans),
+            (None if a is None else a[start:stop] for a, (start, stop) in zip(activations, spans, strict=True)),
+            *(items.column(name).to_pylist() for name in ("fires", "split", "kind", "stratum")),
+            (bool(top) for top in items.column("top").to_pylist()),
+            _marks(items.column("marks")),
+            items.column("marks_correct").to_pylist(),
+            self._documents.take(pa.array(rows)).to_pylist(),
+        )
+        return list(map(Window, *columns))
 
-    def _documents(self, ids: NDArray[np.int64]) -> dict[int, str]:
-        wanted = np.unique(ids).tolist()
-        if not wanted:
-            return {}
-        query = """SELECT "window", document FROM windows
-            WHERE "window" BETWEEN ? AND ? AND "window" IN (SELECT unnest(?::BIGINT[]))"""
-        return dict(self._query(query, [wanted[0], wanted[-1], wanted]).fetchall())
+    @cached_property
+    def _documents(self) -> pa.ChunkedArray:
+        """The document of each window, in the order of `_window_ids`."""
+        import pyarrow.parquet as pq
+
+        path = self.folder / "windows.parquet"
+        try:
+            return pq.read_table(path, columns=["document"], read_dictionary=["document"]).column("document")
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
 
     @cached_property
     def _window_ids(self) -> NDArray[np.int64]:
@@ -198,8 +227,18 @@ class Evidence:
         try:
             return self._connection.execute(query, parameters)
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            message = f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume"
-            raise UserError(message) from error
+            raise self._damaged(error) from error
+
+    def _table(self, query: str, parameters: Sequence[Any]) -> pa.Table:
+        import duckdb
+
+        try:
+            return self._connection.sql(query, params=list(parameters)).to_arrow_table()
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume")
 
 
 def restrict(evidence: LatentEvidence, purpose: Purpose) -> LatentEvidence:
@@ -209,21 +248,18 @@ def restrict(evidence: LatentEvidence, purpose: Purpose) -> LatentEvidence:
     return replace(evidence, windows=kept, sealed=evidence.sealed | (frozenset(SPLITS) - frozenset(visible)))
 
 
-def _window(item: Mapping[str, Any], tokens: tuple[str, ...], document: str | None) -> Window:
-    activations: NDArray[np.float32] | None = None
-    if item["positions"] is not None:
-        activations = np.zeros(len(tokens), dtype=np.float32)
-        activations[item["positions"]] = item["values"]
-    return Window(
-        id=item["window"],
-        tokens=tokens,
-        activations=activations,
-        fires=item["fires"],
-        split=item["split"],
-        kind=item["kind"],
-        stratum=item["stratum"],
-        top=bool(item["top"]),
-        marks=None if item["marks"] is None else tuple(item["marks"]),
-        marks_correct=item["marks_correct"],
-        document=document,
-    )
+def _activations(items: pa.Table, starts: NDArray[np.int64], size: int) -> list[NDArray[np.float32] | None]:
+    """Return for each item the one array of all activations, shape (token of all items,), or None where not known."""
+    positions, values = items.column("positions"), items.column("values")
+    dense = np.zeros(size, dtype=np.float32)
+    known = positions.is_valid().to_numpy()
+    counts = np.where(known, pc.list_value_length(positions).fill_null(0).to_numpy(), 0)
+    where = np.repeat(starts, counts) + pc.list_flatten(positions).to_numpy()
+    dense[where] = pc.list_flatten(values).to_numpy()
+    return [dense if is_known else None for is_known in known.tolist()]
+
+
+def _marks(column: pa.ChunkedArray) -> Iterable[tuple[int, ...] | None]:
+    if column.null_count == len(column):
+        return itertools.repeat(None, len(column))
+    return (None if marks is None else tuple(marks) for marks in column.to_pylist())
