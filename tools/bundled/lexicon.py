@@ -38,7 +38,7 @@ def _columns() -> dict[str, Column]:
     pieces += [(name, "year", "") for name in (("year",), ("birth", "_year"), ("release", "_year"))]
     pieces += [((name, "_date"), "date", "") for name in ("order", "start", "due")]
     pieces += [((name,), "text", name) for name in VALUES if name != "person"]
-    pieces += [((name,), "text", "person") for name in "name customer author owner teacher".split()]
+    pieces += [((name,), "text", "person") for name in ["name", "customer", "author", "owner", "teacher"]]
     pieces += [(("first", "_name"), "text", "person"), (("last", "_name"), "text", "person")]
     return {"".join(parts): Column(parts, kind, family) for parts, kind, family in pieces}
 
@@ -87,7 +87,13 @@ LIMITS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "
 
 OPENERS = ("list", "show", "give me", "find", "return", "fetch", "what are", "I need")
 ROWS = ("*list all TABLE", "*show all TABLE", "*list every row of TABLE", "*find all TABLE", "*return all TABLE")
-COUNTS = ("*count all TABLE", "*count the TABLE", "*how *many TABLE are there", "the *number of TABLE", "the total *number of TABLE")
+COUNTS = (
+    "*count all TABLE",
+    "*count the TABLE",
+    "*how *many TABLE are there",
+    "the *number of TABLE",
+    "the total *number of TABLE",
+)
 """Asking for rows and for their count: `list all orders`, `count all orders`."""
 TARGETS = ("the COLUMNS of TABLE", "the COLUMNS from TABLE", "the COLUMNS of all TABLE", "COLUMNS for TABLE")
 RECORDED = ("recorded", "stored")
@@ -144,7 +150,24 @@ EXTREMES: dict[Direction, tuple[str, ...]] = {
 }
 LIMIT_PHRASES = (", *only NUMBER rows", ", *at *most NUMBER rows", ", *just NUMBER *results", ", *limit NUMBER")
 
-SQL_WORDS = "SELECT DISTINCT COUNT SUM AVG MIN MAX FROM WHERE GROUP ORDER BY ASC DESC LIMIT ;".split()
+SQL_WORDS = [
+    "SELECT",
+    "DISTINCT",
+    "COUNT",
+    "SUM",
+    "AVG",
+    "MIN",
+    "MAX",
+    "FROM",
+    "WHERE",
+    "GROUP",
+    "ORDER",
+    "BY",
+    "ASC",
+    "DESC",
+    "LIMIT",
+    ";",
+]
 
 
 def pieces() -> list[str]:

@@ -142,7 +142,10 @@ def _draw_tables(random: Random) -> tuple[Table, ...]:
 def _draw_table(random: Random, name: str) -> Table:
     """Draw two to four columns, one of them a number and one a text, so that every intent has its column."""
     pool = [COLUMNS[column] for column in lexicon.TABLES[name]]
-    kept = [random.choice([c for c in pool if c.kind == "number"]), random.choice([c for c in pool if c.kind == "text"])]
+    kept = [
+        random.choice([c for c in pool if c.kind == "number"]),
+        random.choice([c for c in pool if c.kind == "text"]),
+    ]
     kept += random.sample([c for c in pool if c not in kept], random.randint(1, 2))
     random.shuffle(kept)
     return Table(name, tuple(kept))
