@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,7 +84,7 @@ def _render(format: Format, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    text = f"{value:.4g}" if isinstance(value, float) else _plain(value)
+    text = f"{value:.4g}" if isinstance(value, float | Decimal) else _plain(value)
     text = text.replace("\n", "⏎").replace("\t", "→")
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
@@ -93,13 +94,17 @@ def _plain(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """JSON has no NaN and no decimals."""
+    if isinstance(value, Decimal):
+        return float(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:
     known = [value for value in values if value is not None]
-    return bool(known) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
+    return bool(known) and all(
+        isinstance(value, int | float | Decimal) and not isinstance(value, bool) for value in known
+    )
 
 
 def _one_line(error: Exception) -> str:

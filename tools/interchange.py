@@ -67,7 +67,9 @@ def import_evidence(file: Path, store: Path, seed: int = 0) -> list[Imported]:
         try:
             spools = _read(file, Path(temporary))
         except OSError as error:
-            raise UserError(f"cannot read {str(file)!r} or spool it to {temporary!r} ({error}); mend that or set TMPDIR") from error
+            raise UserError(
+                f"cannot read {str(file)!r} or spool it to {temporary!r} ({error}); mend that or set TMPDIR"
+            ) from error
         content = _file_digest(file)
         opened = Store.create_or_open(store)
         with opened.writer() as writer:
@@ -94,7 +96,9 @@ def export_evidence(store: Path, file: Path, dictionary: str | None = None) -> i
                 latents = list(evidence.statuses)
                 for start in range(0, len(latents), LATENTS_PER_READ):
                     for latent in evidence.read(latents[start : start + LATENTS_PER_READ], "score"):
-                        out.write(json.dumps(_as_json(_name(evidence), latent), ensure_ascii=False, allow_nan=False) + "\n")
+                        out.write(
+                            json.dumps(_as_json(_name(evidence), latent), ensure_ascii=False, allow_nan=False) + "\n"
+                        )
                         lines += 1
         temporary.replace(file)
     except OSError as error:
@@ -130,7 +134,9 @@ def _lines(file: Path) -> Iterator[Line]:
                 line = parse_line(text, f"{file}:{number}")
                 first = seen.setdefault((line.dictionary, line.latent), number)
                 if first != number:
-                    raise UserError(f"{file}:{number}: latent {line.latent} of {line.dictionary!r} stands on line {first} already")
+                    raise UserError(
+                        f"{file}:{number}: latent {line.latent} of {line.dictionary!r} stands on line {first} already"
+                    )
                 yield line
     except (UnicodeDecodeError, EOFError) as error:
         raise UserError(f"{file}:{number + 1}: not readable as UTF-8 text ({error})") from error
@@ -190,7 +196,9 @@ def _write(spool: Spool, folder: Path, file: Path, content: str, seed: int) -> N
 
 def _register(writer: Writer, store: Store, spool: Spool) -> Imported:
     fingerprint = imported_fingerprint(spool.name)
-    writer.add_dictionary(DictionaryRecord(fingerprint, spool.name, spool.latent_count, provenance={"source": "import"}))
+    writer.add_dictionary(
+        DictionaryRecord(fingerprint, spool.name, spool.latent_count, provenance={"source": "import"})
+    )
     return Imported(fingerprint, spool.name, store.evidence_folder(fingerprint), spool.latent_count, spool.item_count)
 
 
@@ -203,7 +211,9 @@ def _choose(store: Store, dictionary: str | None) -> list[Evidence]:
     folders = sorted(path.parent for path in (store.folder / "evidence").glob("*/evidence.json"))
     found = [Evidence.open(folder) for folder in folders if not folder.name.startswith(".")]
     if not found:
-        raise UserError(f"the store {str(store.folder)!r} has no evidence; run `exegete label` or `exegete evidence import`")
+        raise UserError(
+            f"the store {str(store.folder)!r} has no evidence; run `exegete label` or `exegete evidence import`"
+        )
     if dictionary is None:
         return found
     bare = dictionary.removeprefix("sha256:")

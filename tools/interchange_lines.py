@@ -116,7 +116,12 @@ def _activations(
         count = len(activations) if isinstance(activations, list) else _quoted(activations)
         _fail(where, f"'activations' must be null or one number a token ({tokens}); found {count}")
     for value in activations:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 3e38:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or abs(value) > 3e38
+        ):
             _fail(where, f"'activations' must be finite numbers; found {_quoted(value)}")
     if any(value > 0 for value in activations) != fires:
         _fail(where, f"'fires' {_quoted(fires)} contradicts the activations, whose largest is {max(activations)}")

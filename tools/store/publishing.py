@@ -21,6 +21,7 @@ TEMPORARY = ".labels.publishing.duckdb"
 
 _ORDER = {
     "results": "dictionary, latent, run",
+    "floors": "dictionary, latent, run",
     "explanations": "dictionary, latent, explanation_id",
     "scores": "dictionary, latent, run, explanation_id, evaluator, metric, baseline",
     "typing": "dictionary, latent, run",

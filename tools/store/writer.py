@@ -56,7 +56,10 @@ class Writer:
         query = "SELECT dictionary, name, latents, subject, hook_point, provenance FROM data.dictionaries ORDER BY dictionary"
         with self._lock:
             found = self._connection.execute(query).fetchall()
-        return [DictionaryRecord(*row[:5], json.loads(row[5])) for row in found]
+        return [
+            DictionaryRecord(dictionary, name, latents, subject, hook_point, json.loads(provenance))
+            for dictionary, name, latents, subject, hook_point, provenance in found
+        ]
 
     def begin_run(self, *, config: Mapping[str, Any], seed: int, code_version: str, dictionary: str) -> str:
         """Begin, or take up again, the run of this configuration; return its id.
@@ -79,7 +82,10 @@ class Writer:
         )
         with self._lock:
             found = self._connection.execute(query).fetchall()
-        return [RunRecord(*row[:5], json.loads(row[5])) for row in found]
+        return [
+            RunRecord(run, dictionary, status, seed, code_version, json.loads(config))
+            for run, dictionary, status, seed, code_version, config in found
+        ]
 
     def record(self, run: str, records: Sequence[LatentRecord], floors: bool = False) -> None:
         """Write records of latents in one transaction: all of them or none. 250–500 at a time.

@@ -1,0 +1,295 @@
+"""The store as its users meet it: one writer, readers of snapshots, and the same tables whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+import exegete
+from exegete.tools.errors import UserError
+from exegete.tools.explainers import Explanation
+from exegete.tools.interchange import import_evidence
+from exegete.tools.store import DictionaryRecord, LatentRecord, Store, VerdictRecord, Writer
+from exegete.tools.store.schema import schema_version
+from exegete.tools.windows import Window
+
+DICTIONARY = "sha256:" + "ab" * 32
+TABLES = ("results", "explanations", "scores", "typing", "floors")
+
+
+@dataclass(frozen=True)
+class FakeScore:
+    evaluator: str = "detection"
+    metric: str = "balanced_accuracy"
+    value: float | None = 0.75
+    low: float | None = 0.6
+    high: float | None = 0.9
+    n: int = 20
+    failures: int = 0
+    baseline: str | None = None
+    status: str = "ok"
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FakeVerdict:
+    applies: bool | None = True
+    probability: float | None = None
+    status: str = "ok"
+
+
+@dataclass(frozen=True)
+class FakeItem:
+    window: Window
+    marks: tuple[int, ...] | None = None
+    truth: bool = True
+    verdict: FakeVerdict = FakeVerdict()
+    prompt: int = 0
+
+
+def record(latent: int, value: float = 0.75) -> LatentRecord:
+    explanation = Explanation(f"months, as in latent {latent}", predicate=None, parameters={"top": 5})
+    identity = explanation.id(DICTIONARY, latent)
+    window = Window(latent * 10, (" a", " b"), None, True, "test", "firing")
+    scores = [
+        FakeScore(value=value),
+        FakeScore("fuzzing", value=value - 0.1),
+        FakeScore(metric="f1", value=None, status="x"),
+    ]
+    verdicts = [
+        VerdictRecord(identity, "detection", FakeItem(window)),
+        VerdictRecord(identity, "fuzzing", FakeItem(window, (1,))),
+    ]
+    return LatentRecord(
+        DICTIONARY, latent, "labeled", [(explanation, identity)], [(identity, s) for s in scores], verdicts
+    )
+
+
+def begin(writer: Writer) -> str:
+    writer.add_dictionary(DictionaryRecord(DICTIONARY, "toy", 100))
+    return writer.begin_run(config={"a": 1}, seed=0, code_version="0", dictionary=DICTIONARY)
+
+
+def fill(folder: Path, batches: Sequence[Sequence[int]]) -> Store:
+    store = Store.create_or_open(folder)
+    for batch in batches:
+        with store.writer() as writer:
+            run = begin(writer)
+            writer.record(run, [record(latent, 0.5 + latent / 100) for latent in batch])
+            writer.set_types(run, DICTIONARY, {latent: "input" for latent in range(20)})
+            writer.publish()
+    return store
+
+
+def content(store: Store) -> dict[str, Any]:
+    with exegete.connect(store.folder) as connection:
+        rows = {table: connection.execute(f"FROM data.{table}").fetchall() for table in TABLES}
+        rows["verdicts"] = connection.execute("FROM verdicts ORDER BY ALL").fetchall()
+        return rows
+
+
+def test_order_and_batching_do_not_show(tmp_path: Path) -> None:
+    forth = fill(tmp_path / "a", [range(20)])
+    back = fill(tmp_path / "b", [range(19, 9, -1), [3, 12], range(9, -1, -1)])
+    assert content(forth) == content(back)
+    assert len(content(forth)["verdicts"]) == 40
+
+
+def test_a_run_is_found_again_and_knows_what_it_has(tmp_path: Path) -> None:
+    store = fill(tmp_path, [[4, 2]])
+    with store.writer() as writer:
+        run = begin(writer)
+        assert writer.labeled(run, DICTIONARY).tolist() == [2, 4]
+        assert [(r.run, r.config, r.status) for r in writer.runs()] == [(run, {"a": 1}, "running")]
+        assert writer.begin_run(config={"a": 2}, seed=0, code_version="0", dictionary=DICTIONARY) != run
+        writer.finish_run(run, "finished", {"mean": 0.5})
+        writer.publish()
+    with exegete.connect(store.folder) as connection:
+        found = connection.execute("SELECT status, figures->>'mean' FROM runs WHERE run = ?", [run]).fetchall()
+    assert found == [("finished", "0.5")]
+
+
+def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = fill(tmp_path, [[0]])
+    broken = LatentRecord(DICTIONARY, 7, "labeled", [(Explanation("x"), "id")], [("id", FakeScore(n=2**40))])
+    with store.writer() as writer, pytest.raises(Exception, match=r"int32|range|large"):
+        writer.record(begin(writer), [record(5), broken])
+    with store.writer() as writer:
+        assert writer.labeled(begin(writer), DICTIONARY).tolist() == [0]
+        writer.record(begin(writer), [record(5)])
+        assert writer.labeled(begin(writer), DICTIONARY).tolist() == [0, 5]
+
+
+def test_best_explanations_take_the_highest_mean_and_name_the_floors(tmp_path: Path) -> None:
+    store = Store.create_or_open(tmp_path)
+    worse, better = Explanation("worse"), Explanation("better")
+    ids = [e.id(DICTIONARY, 1) for e in (worse, better)]
+    scores = [
+        (ids[0], FakeScore(value=0.9)),
+        (ids[0], FakeScore("fuzzing", value=0.5)),
+        (ids[1], FakeScore(value=0.8)),
+        (ids[1], FakeScore("fuzzing", value=0.8)),
+        (ids[1], FakeScore(value=0.45, baseline="shuffled")),
+        (ids[1], FakeScore("fuzzing", value=1.0, baseline="constant")),
+    ]
+    with store.writer() as writer:
+        run = begin(writer)
+        writer.record(
+            run, [LatentRecord(DICTIONARY, 1, "labeled", list(zip((worse, better), ids, strict=True)), scores)]
+        )
+        writer.publish()
+    query = "SELECT text, mean_score, detection, detection_shuffled, fuzzing_constant, fuzzing_shuffled FROM best_explanations"
+    with exegete.connect(tmp_path) as connection:
+        assert connection.execute(query).fetchall() == [("better", 0.8, 0.8, 0.45, 1.0, None)]
+
+
+def test_an_open_reader_keeps_its_snapshot_and_a_new_one_sees_the_next(tmp_path: Path) -> None:
+    store = fill(tmp_path, [[0]])
+    notebook = exegete.connect(tmp_path)
+    direct = duckdb.connect(str(tmp_path / "labels.duckdb"), read_only=True)
+    fill(tmp_path, [[1, 2]])
+    count = "SELECT count(*) FROM explanations"
+    with exegete.connect(str(tmp_path)) as fresh:
+        assert [c.execute(count).fetchone() for c in (notebook, direct, fresh)] == [(1,), (1,), (3,)]
+    assert not list(store.folder.glob(".labels*"))
+    notebook.close()
+    direct.close()
+
+
+def test_readers_cannot_write(tmp_path: Path) -> None:
+    fill(tmp_path, [[0]])
+    with exegete.connect(tmp_path) as connection, pytest.raises(duckdb.Error, match="read-only"):
+        connection.execute("DELETE FROM data.scores")
+
+
+def test_a_moved_store_is_healed(tmp_path: Path) -> None:
+    line = {"tokens": [" a", " <b"], "activations": [0, 2.0], "fires": True, "split": "explain", "kind": "firing"}
+    (tmp_path / "f.jsonl").write_text(json.dumps({"dictionary": "d", "latent": 0, "windows": [line]}))
+    import_evidence(tmp_path / "f.jsonl", tmp_path / "here")
+    before = content(fill(tmp_path / "here", [[0, 1]]))
+    shutil.move(tmp_path / "here", tmp_path / "there's")
+    assert content(Store.open(tmp_path / "there's")) == before
+    with exegete.connect(tmp_path / "there's") as connection:
+        assert connection.execute("SELECT text FROM examples").fetchall() == [(" a<< ‹b>>",)]
+
+
+def test_every_view_and_column_is_documented(tmp_path: Path) -> None:
+    fill(tmp_path, [[0]])
+    with exegete.connect(tmp_path) as connection:
+        views = dict(connection.execute("SELECT view_name, comment FROM duckdb_views() WHERE NOT internal").fetchall())
+        columns = connection.execute(
+            "SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = 'main' AND comment IS NULL"
+            " AND table_name IN (SELECT view_name FROM duckdb_views() WHERE NOT internal)"
+        ).fetchall()
+    named = "latents explanations scores best_explanations verdicts examples neighbours runs calls costs"
+    assert set(f"{named} investigations experiments snapshot".split()) <= set(views)
+    assert [name for name, comment in views.items() if not comment] == []
+    assert columns == []
+
+
+def test_a_second_writer_learns_who_the_first_is(tmp_path: Path) -> None:
+    store = Store.create_or_open(tmp_path)
+    with store.writer(), pytest.raises(UserError, match=f"process {os.getpid()} is writing"), store.writer():
+        pytest.fail("two writers at once")
+    with store.writer() as writer:
+        assert writer.runs() == []
+
+
+def test_a_killed_writer_blocks_nobody_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    script = """
+        import sys, pathlib
+        sys.path.insert(0, sys.argv[2])
+        import test_store as t
+        with t.Store.create_or_open(pathlib.Path(sys.argv[1])).writer() as writer:
+            run = t.begin(writer)
+            for latent in range(10_000):
+                writer.record(run, [t.record(latent)])
+                print(latent, flush=True)
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(20)]
+        process.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in process.stdout]
+    (tmp_path / "verdicts" / "0123.parquet").write_bytes(b"an orphan")
+    with Store.open(tmp_path).writer() as writer:
+        done = writer.labeled(begin(writer), DICTIONARY).tolist()
+        writer.publish()
+    assert set(acknowledged) <= set(done) and len(done) <= len(acknowledged) + 1
+    assert not (tmp_path / "verdicts" / "0123.parquet").exists()
+    with exegete.connect(tmp_path) as connection:
+        found = connection.execute("SELECT latent, count(*) FROM verdicts GROUP BY 1 ORDER BY 1").fetchall()
+    assert found == [(latent, 2) for latent in done]
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    store = fill(tmp_path, [[0]])
+    newer = schema_version() + 1
+    with duckdb.connect(str(tmp_path / "run.duckdb")) as connection:
+        connection.execute("INSERT INTO main.migrations VALUES (?, 'x', 'y', now())", [newer])
+    with duckdb.connect(str(tmp_path / "labels.duckdb")) as connection:
+        connection.execute("UPDATE data.snapshot SET schema_version = ?", [newer])
+    with pytest.raises(UserError, match=f"schema {newer}"), store.writer():
+        pytest.fail("opened")
+    with pytest.raises(UserError, match=f"schema {newer}"):
+        exegete.connect(tmp_path)
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        Store.create_or_open(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is no store"):
+        exegete.connect(tmp_path / "absent")
+    store = Store.create_or_open(tmp_path / "new")
+    with pytest.raises(UserError, match="nothing was published"):
+        exegete.connect(store.folder)
+    (store.folder / "store.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 99"):
+        Store.create_or_open(store.folder)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    before = content(fill(tmp_path, [range(10)]))
+    script = """
+        import sys, pathlib, resource
+        sys.path.insert(0, sys.argv[2])
+        import test_store as t
+        store = t.Store.open(pathlib.Path(sys.argv[1]))
+        with store.writer() as writer:
+            run = t.begin(writer)
+            size = max(path.stat().st_size for path in store.folder.glob("*.duckdb"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096) if sys.argv[3] == "part" else (size // 2, size // 2))
+            try:
+                if sys.argv[3] == "part":
+                    writer.record(run, [t.record(latent) for latent in range(10, 2000)])
+                else:
+                    writer.publish()
+            except t.UserError as error:
+                print(error)
+    """
+    for stage in ("part", "publish"):
+        arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent), stage]
+        found = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert "cannot write to the store" in found.stdout and "free some space" in found.stdout, found.stderr
+        assert len(found.stdout.splitlines()) == 1
+        assert content(Store.open(tmp_path)) == before
+    with Store.open(tmp_path).writer() as writer:
+        assert writer.labeled(begin(writer), DICTIONARY).tolist() == list(range(10))
+        writer.record(begin(writer), [record(11)])
+        writer.publish()
+    assert len(content(Store.open(tmp_path))["results"]) == 11
