@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exegete.tools.windows import WINDOW_TOKENS
 
 _BATCH_CONTEXTS = 8_192
-_WINDOWS_A_FILE = 4_000_000
+_WINDOWS_A_FILE = 500_000
 _ENTRY = np.dtype([("hash", np.uint64), ("window", np.int64)])
 
 
