@@ -116,7 +116,9 @@ def _explanation(shown: LatentCard) -> list[RenderableType]:
 
 
 def _scores(shown: LatentCard) -> Table:
-    table = Table(title="Scores on held-out windows, with 95 % intervals", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="Scores on held-out windows, with 95 % intervals", title_justify="left", box=None, pad_edge=False
+    )
     for heading, justify in _COLUMNS:
         table.add_column(heading, justify=justify, header_style="dim")
     for metric in METRICS:
@@ -155,5 +157,7 @@ def _marked(pieces: tuple[Piece, ...]) -> Text:
         after = number + 1 < len(pieces) and pieces[number + 1].strength > 0
         shade = _SHADES[min(4, 1 + int(piece.strength * 4))] if fires else ""
         style = f"{shade} underline".strip() if piece.marked else shade
-        text.append(f"{'«' if fires and not before else ''}{piece.text}{'»' if fires and not after else ''}", style=style)
+        text.append(
+            f"{'«' if fires and not before else ''}{piece.text}{'»' if fires and not after else ''}", style=style
+        )
     return text

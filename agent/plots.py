@@ -73,20 +73,18 @@ def power_axis(label: str, low: float, high: float) -> Axis:
 def score_histogram(title: str, label: str, series: Sequence[Series], width: float) -> Plot:
     """Draw distributions as shares per bin of `width`: the first filled, the others as outlines.
 
-    One whose values all share a bin (a constant explanation scores exactly one half) is a vertical line: its spike would
-    flatten the rest. `Series.points` are (lower end of bin, count), only bins that are not empty.
+    One whose values are all the same (a constant explanation scores exactly one half) is a vertical line: its spike would
+    flatten the rest. `Series.points` are (value, count), ascending; a value of one belongs to the last bin below it.
     """
-    shares = [_shares(one) for one in series]
-    spread = [one for one in shares if len(one.points) > 1] or shares
-    low = min((p[0] for one in shares for p in one.points), default=0.0)
-    x = round_axis(label, min(0.4, math.floor(low * 10) / 10), 1.0, 6)
-    top = max((p[1] for one in spread for p in one.points), default=1.0)
-    canvas = Canvas(title, x, round_axis("share of latents", 0.0, top * 1.06, 4))
-    for position, one in enumerate(shares):
-        if len(one.points) == 1 and len(shares) > 1:
-            canvas.vertical(one.points[0][0] + width / 2, one.style)
+    spread = [one for position, one in enumerate(series) if position == 0 or len(one.points) > 1]
+    shares = {one.style: _shares(one.points, width) for one in spread}
+    top = max((height for bins in shares.values() for _, height in bins), default=1.0)
+    canvas = Canvas(title, _score_axis(label, series), round_axis("share of latents", 0.0, top * 1.06, 4))
+    for position, one in enumerate(series):
+        if one.style not in shares:
+            canvas.vertical(one.points[0][0], one.style)
             continue
-        outline = _steps(one.points, width)
+        outline = _steps(shares[one.style], width)
         if position == 0:
             canvas.area(outline, one.style)
         canvas.line(outline, one.style)
@@ -95,8 +93,7 @@ def score_histogram(title: str, label: str, series: Sequence[Series], width: flo
 
 def ecdf(title: str, label: str, series: Sequence[Series]) -> Plot:
     """Draw the share of latents at or below each value. `Series.points` are (value, count), ascending."""
-    low = min((p[0] for one in series for p in one.points), default=0.0)
-    canvas = Canvas(title, round_axis(label, min(0.4, math.floor(low * 10) / 10), 1.0, 6), UNIT_SHARE)
+    canvas = Canvas(title, _score_axis(label, series), UNIT_SHARE)
     for one in series:
         reached, outline = 0.0, [(canvas.x.low, 0.0)]
         total = sum(count for _, count in one.points) or 1.0
@@ -170,10 +167,11 @@ class Canvas:
         shape = '<rect class="bar s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
         self._add(shape, style, x0 + 0.4, y0, max(0.6, x1 - x0 - 0.8), max(0.0, y1 - y0), hover)
 
-    def dots(self, points: Iterable[Point], style: str) -> None:
+    def dots(self, points: Sequence[Point], style: str) -> None:
         """Draw one dot a point; all of them are one path of empty strokes with round ends, a few bytes each."""
         path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in map(self._pixel, points))
-        self._add('<path class="dots s-{}" d="{}"/>', style, path)
+        size = "few" if len(points) <= 300 else "many"
+        self._add('<path class="dots {} s-{}" d="{}"/>', size, style, path)
 
     def svg(self) -> Markup:
         """Return the finished plot."""
@@ -215,9 +213,19 @@ _TICK = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
 _TURNED = Markup('<text transform="rotate(-90 {:.1f} {:.1f})" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
 
 
-def _shares(series: Series) -> Series:
-    total = sum(count for _, count in series.points) or 1.0
-    return Series(series.style, series.label, [(at, count / total) for at, count in series.points])
+def _score_axis(label: str, series: Sequence[Series]) -> Axis:
+    low = min((value for one in series for value, _ in one.points), default=0.0)
+    return round_axis(label, min(0.4, math.floor(low * 10) / 10), 1.0, 6)
+
+
+def _shares(points: Sequence[Point], width: float) -> list[Point]:
+    """Return the share of the counts in each bin that has any, as (lower end, share), ascending."""
+    total = sum(count for _, count in points) or 1.0
+    bins: dict[int, float] = {}
+    for value, count in points:
+        number = min(math.floor(value / width + 1e-9), round(1 / width) - 1)
+        bins[number] = bins.get(number, 0.0) + count / total
+    return [(number * width, bins[number]) for number in sorted(bins)]
 
 
 def _steps(points: Sequence[Point], width: float) -> list[Point]:
