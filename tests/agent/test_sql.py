@@ -22,9 +22,7 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-QUERY = (
-    "SELECT * FROM (VALUES (1, 'a,b', 0.123456, [1, 2]), (20, NULL, 2.0, NULL)) t(number, name, share, list) ORDER BY 1"
-)
+QUERY = "SELECT * FROM (VALUES (1, 'a,b', 0.123456::DOUBLE, [1, 2]), (20, NULL, 2.0, NULL)) t(number, name, share, list) ORDER BY 1"
 
 
 def test_table() -> None:

@@ -170,8 +170,10 @@ def test_an_open_reader_keeps_its_snapshot_and_a_new_one_sees_the_next(tmp_path:
 
 def test_readers_cannot_write(tmp_path: Path) -> None:
     fill(tmp_path, [[0]])
-    with exegete.connect(tmp_path) as connection, pytest.raises(duckdb.Error, match="read-only"):
-        connection.execute("DELETE FROM data.scores")
+    with exegete.connect(tmp_path) as connection:
+        assert connection.sql("SELECT latent FROM scores LIMIT 1").fetchall() == [(0,)]
+        with pytest.raises(duckdb.Error, match="read-only"):
+            connection.execute("DELETE FROM data.scores")
 
 
 def test_a_moved_store_is_healed(tmp_path: Path) -> None:

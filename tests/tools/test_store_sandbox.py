@@ -33,6 +33,7 @@ def test_views_can_be_read(store: Path) -> None:
         [(i, "live") for i in range(3)],
         False,
     )
+    assert safe_query(store, "SELECT ';é' AS \"a;b\" /* ; */ -- é;").rows == [(";é",)]
     assert safe_query(store, "SELECT latent FROM latents ORDER BY latent DESC", row_limit=2).rows == [(2,), (1,)]
     assert safe_query(store, "SELECT latent FROM latents", row_limit=2).truncated
 

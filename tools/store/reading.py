@@ -50,10 +50,10 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
 
 def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Where the store lies elsewhere than it was published, let temporary views stand before the snapshot's own."""
-    found = connection.execute("SELECT store, schema_version FROM data.snapshot").fetchone()
-    assert found is not None  # the snapshot is written with exactly one row
-    check_version(found[1], f"the store {str(folder)!r}")
-    if found[0] == str(folder):
+    # fetchone() would leave the result open, and DuckDB 2 then refuses the user's own first `connection.sql(…)`.
+    [(published_in, version)] = connection.execute("SELECT store, schema_version FROM data.snapshot").fetchall()
+    check_version(version, f"the store {str(folder)!r}")
+    if published_in == str(folder):
         return
     for statement in statements_for(connection, folder):
         if statement.startswith("CREATE VIEW"):

@@ -69,9 +69,8 @@ def safe_query(
 
 def _checked(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
     """Return the one SELECT statement in `sql`, without its semicolon; raise ToolError where it is anything else."""
-    found = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchone()
-    assert found is not None  # a SELECT without FROM has one row
-    tree = json.loads(found[0])
+    [(serialized,)] = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
+    tree = json.loads(serialized)
     if tree["error"]:
         raise ToolError(f"only a SELECT can be run: {tree['error_message']}")
     if len(tree["statements"]) != 1:
@@ -80,8 +79,16 @@ def _checked(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
         name for (name,) in connection.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
     }
     _check_tree(tree, views)
-    statements: list[duckdb.Statement] = connection.extract_statements(sql)
-    return statements[0].query.strip().rstrip(";")
+    return _without_semicolon(sql)
+
+
+def _without_semicolon(sql: str) -> str:
+    """Cut a single statement at the semicolon that ends it; one in a text, a name or a comment ends nothing."""
+    content = sql.encode()
+    ends = [
+        at for at, kind in duckdb.tokenize(sql) if kind == duckdb.token_type.operator and content[at : at + 1] == b";"
+    ]
+    return content[: min(ends, default=len(content))].decode()
 
 
 def _check_tree(tree: Any, views: set[str]) -> None:
@@ -117,10 +124,8 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lock_down(connection: duckdb.DuckDBPyConnection, folder: Path, memory_limit: str) -> None:
-    found = connection.execute(
-        "SELECT sql FROM duckdb_views() WHERE view_name = 'examples' ORDER BY temporary DESC"
-    ).fetchone()
-    assert found is not None  # every snapshot has the view
+    query = "SELECT sql FROM duckdb_views() WHERE view_name = 'examples' ORDER BY temporary DESC LIMIT 1"
+    found = connection.execute(query).fetchall()[0]
     whole = found[0][found[0].index(" AS ") + 4 :].rstrip().rstrip(";")
     connection.execute(f"CREATE OR REPLACE TEMP VIEW examples AS SELECT * FROM ({whole}) WHERE split <> 'test'")
     allowed = [str(folder / name) for name in ("evidence", "verdicts")]
