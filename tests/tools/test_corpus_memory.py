@@ -41,5 +41,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         assert int(tokens) > 500 * count
         return int(peak)
 
-    # The smaller one fills a batch of contexts (8,192) already.
-    assert peak_kb(16_000) < peak_kb(8_000) * 1.05
+    # The smaller one fills a batch of contexts (8,192) already. Peaks of one size differ by 5 %; 8 million tokens more
+    # would add half, were they (or one number for each of their windows, sorted) ever all in memory.
+    assert peak_kb(24_000) < peak_kb(8_000) * 1.15
