@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
@@ -29,7 +28,7 @@ from exegete.tools.evidence_writing import write_evidence
 from exegete.tools.firing_events import HISTOGRAM_BINS, Statistics
 from exegete.tools.hard_negatives import Negatives, PoolFirings, hard_negatives, random_negatives
 from exegete.tools.neighbours import nearest_latents, neighbours_table
-from exegete.tools.parts import damaged, load_statistics, read_manifest
+from exegete.tools.parts import damaged, load_statistics, open_part, read_manifest
 from exegete.tools.pass_settings import PassSettings
 from exegete.tools.sampling import F32, I64, rank_within
 from exegete.tools.selecting import read_latents, selected_path, slices_of
@@ -139,7 +138,7 @@ class _Merging:
 
     def items(self) -> Iterator[pa.Table]:
         """Yield rows of ITEMS, block by block."""
-        source = pq.ParquetFile(selected_path(self.folder), memory_map=True, page_checksum_verification=True)
+        source = open_part(selected_path(self.folder))
         total = self.dictionary.latents
         for first in range(0, total, LATENTS_AT_ONCE):
             latents = np.arange(first, min(first + LATENTS_AT_ONCE, total))

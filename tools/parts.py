@@ -105,6 +105,14 @@ def damaged(part: Path, error: Exception) -> UserError:
     return UserError(f"part {str(part)!r} is damaged ({first}); remove it and run again")
 
 
+def open_part(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file of a pass for reading, its pages checked. Raises UserError where it is truncated or missing."""
+    try:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder`, with `done.json`, if the block ends without an error.

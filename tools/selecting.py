@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from exegete.tools.parts import damaged, load_statistics, parquet_writer, read_manifest, slice_folders, write_whole
+from exegete.tools.parts import (
+    damaged,
+    load_statistics,
+    open_part,
+    parquet_writer,
+    read_manifest,
+    slice_folders,
+    write_whole,
+)
 from exegete.tools.pass_settings import PassSettings
 from exegete.tools.sampling import F32, I64, U64, certified, event_hash, may_be_sampled, rank_within, run_starts
 from exegete.tools.windows import SPLITS
@@ -96,7 +104,7 @@ def _blocks(folder: Path, latents: int) -> Iterator[pa.Table]:
     paths = [part / "events.parquet" for part in slices_of(folder)]
     if (folder / "redone").exists():
         paths.append(folder / "redone" / "events.parquet")
-    files = [pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) for path in paths]
+    files = [open_part(path) for path in paths]
     events = sum(file.metadata.num_rows for file in files)
     size = max(1, min(latents, latents * EVENTS_AT_ONCE // max(events, 1)))
     for first in range(0, latents, size):

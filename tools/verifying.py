@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from exegete.tools.firing_events import EventStream
 from exegete.tools.hard_negatives import Negatives, PoolFirings
-from exegete.tools.parts import damaged, parquet_writer, write_whole
+from exegete.tools.parts import damaged, open_part, parquet_writer, write_whole
 from exegete.tools.pass_settings import PassSettings
 from exegete.tools.sampling import F32, I64, rank_within, run_starts
 from exegete.tools.selecting import selected_path
@@ -83,7 +83,7 @@ def _save(path: Path, array: I64) -> None:
 def _find_top_tokens(stream: EventStream, folder: Path, settings: PassSettings) -> I64:
     """Return the top tokens of each latent, shape (latent, token), −1 where there are fewer."""
     tops = np.full((stream.dictionary.latents, settings.top_tokens), -1, np.int64)
-    source = pq.ParquetFile(selected_path(folder), memory_map=True, page_checksum_verification=True)
+    source = open_part(selected_path(folder))
     pairs: list[I64] = []
     columns = ["latent", "split", "window", "positions", "values"]
     for batch in source.iter_batches(batch_size=1 << 18, columns=columns):

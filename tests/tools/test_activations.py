@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,6 +278,53 @@ def test_a_truncated_part_is_named(tmp_path: Path) -> None:
     (part / "events.parquet").write_bytes((part / "events.parquet").read_bytes()[:-100])
     with pytest.raises(UserError, match=r"slice-00001-of-00002' is damaged .*remove it"):
         evidence_of(tmp_path, settings(slices=2))
+
+
+def test_a_truncated_selection_is_named(tmp_path: Path) -> None:
+    arguments = (FakeSubject(), plain(), FakeCorpus(), tmp_path / "pass", settings())
+    assert run_pass(*arguments)  # type: ignore[arg-type]
+    path = tmp_path / "pass" / "selected.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"selected.parquet' is damaged"):
+        merge(tmp_path / "pass", tmp_path / "evidence", *arguments[:3], settings())  # type: ignore[arg-type]
+    assert not (tmp_path / "evidence").exists()
+
+
+def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("exegete.tools.activations.save_statistics", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run_pass(FakeSubject(), plain(), FakeCorpus(), tmp_path / "pass", settings())  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "pass").iterdir()] == ["manifest.json"]
+    monkeypatch.undo()
+    evidence_of(tmp_path, settings())
+
+
+def test_a_killed_pass_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    undisturbed = evidence_of(tmp_path / "a", settings(slices=4))
+    for runs in (1, 9, 20, 27, 30):
+        folder = tmp_path / f"killed-{runs}"
+        child = os.fork()
+        if not child:
+            _die_after(runs, folder)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert digests(evidence_of(folder, settings(slices=4)).folder) == digests(undisturbed.folder)
+
+
+def _die_after(runs: int, folder: Path) -> None:
+    """SIGKILL this process in its pass's forward pass number `runs`."""
+
+    class Dying(FakeSubject):
+        def residual(self, tokens: Tensor, hook_point: str) -> Tensor:
+            if self.runs == runs:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().residual(tokens, hook_point)
+
+    torch.set_num_threads(1)
+    evidence_of(folder, settings(slices=4), subject=Dying())
 
 
 def test_a_flipped_bit_in_a_part_is_noticed(tmp_path: Path) -> None:
