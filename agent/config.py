@@ -32,6 +32,8 @@ class SubjectConfig(Section):
     """Torch device: `cpu`, `cuda`, `cuda:1`, `mps`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of weights and activations."""
+    processing: tuple[str, ...] = ()
+    """Weight processing that the dictionary was trained on: `fold_ln`, `center_writing_weights`, `center_unembed`, `fold_value_biases`."""
 
 
 class DictionaryConfig(Section):

@@ -72,7 +72,9 @@ def _subject(config: RunConfig) -> Subject:
         from exegete.tools import bundled
 
         name = str(bundled.subject_path())
-    return load_subject(name, device=wanted.device, dtype=wanted.dtype, revision=wanted.revision)
+    return load_subject(
+        name, device=wanted.device, dtype=wanted.dtype, revision=wanted.revision, processing=wanted.processing
+    )
 
 
 def _dictionary(config: RunConfig, subject: Subject) -> Dictionary:

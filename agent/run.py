@@ -125,7 +125,7 @@ def _workbench(config: RunConfig, evidence: Evidence, latents: Sequence[int]) ->
 def _explainer(config: RunConfig, evidence: Evidence, latents: Sequence[int]) -> Explainer:
     if config.label.explainer != "lexical":
         return make_explainer(config.label.explainer)
-    from exegete.tools.explainers.lexical import background
+    from exegete.tools.explainers.background import background
 
     drawn = generator(config.seed, "background", evidence.dictionary).permutation(len(latents))[:BACKGROUND_LATENTS]
     others = evidence.read([latents[i] for i in drawn], "explain")
