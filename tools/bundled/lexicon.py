@@ -150,24 +150,10 @@ EXTREMES: dict[Direction, tuple[str, ...]] = {
 }
 LIMIT_PHRASES = (", *only NUMBER rows", ", *at *most NUMBER rows", ", *just NUMBER *results", ", *limit NUMBER")
 
-SQL_WORDS = [
-    "SELECT",
-    "DISTINCT",
-    "COUNT",
-    "SUM",
-    "AVG",
-    "MIN",
-    "MAX",
-    "FROM",
-    "WHERE",
-    "GROUP",
-    "ORDER",
-    "BY",
-    "ASC",
-    "DESC",
-    "LIMIT",
-    ";",
-]
+SQL_WORDS = (
+    *("SELECT", "DISTINCT", "COUNT", *AGGREGATES, "FROM", "WHERE"),
+    *("GROUP", "ORDER", "BY", *ORDERINGS, "LIMIT", ";"),
+)
 
 
 def pieces() -> list[str]:

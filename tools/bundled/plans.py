@@ -24,6 +24,7 @@ _WEIGHTS: dict[Intent, int] = {
     "top": 2,
     "extreme": 2,
 }
+_EQUALITIES: tuple[Operator, ...] = ("=", "=", "!=")
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,16 @@ def draw_plan(random: Random, intent: Intent | None = None) -> Plan:
 def draw_condition(random: Random, column: Column, operator: Operator | None = None) -> Condition:
     """Draw a condition on `column`: with `operator`, or any that its kind allows."""
     if column.kind == "text":
-        operator = operator or random.choice(("=", "=", "!="))
+        equality: Operator = operator or random.choice(_EQUALITIES)
         value = random.choice(lexicon.VALUES[column.family])
         place = column.name in ("city", "country") and random.random() < 0.6
-        phrases = (lexicon.PLACES if place else lexicon.IDENTITIES)[operator]
+        phrases = (lexicon.PLACES if place else lexicon.IDENTITIES)[equality]
         form = -1 if place else random.randrange(len(lexicon.CONDITIONS))
-        return Condition(column, operator, value, form, random.randrange(len(phrases)))
-    operator = operator or random.choice(list(lexicon.COMPARISONS))
+        return Condition(column, equality, value, form, random.randrange(len(phrases)))
+    comparison: Operator = operator or random.choice(list(lexicon.COMPARISONS))
     value = str(random.choice(lexicon.YEARS if column.kind == "year" else lexicon.AMOUNTS))
-    wording = random.randrange(len(lexicon.COMPARISONS[operator]))
-    return Condition(column, operator, value, random.randrange(len(lexicon.CONDITIONS)), wording)
+    wording = random.randrange(len(lexicon.COMPARISONS[comparison]))
+    return Condition(column, comparison, value, random.randrange(len(lexicon.CONDITIONS)), wording)
 
 
 def _draw_tables(random: Random) -> tuple[Table, ...]:

@@ -107,7 +107,8 @@ def measure(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
     """Return L0, the fraction of variance unexplained, and the share of latents that never fire on `x`."""
     fired = torch.zeros(dictionary.latents, dtype=torch.bool)
     active, missed = 0, 0.0
-    for part in x.split(8192):
+    for start in range(0, len(x), 8192):
+        part = x[start : start + 8192]
         z = dictionary.encode(part)
         fired |= (z != 0).any(0)
         active += int((z != 0).sum())
@@ -151,7 +152,9 @@ def _loss(subject: Subject, tokens: Tensor, mask: Tensor, change: Any) -> float:
     hooks = [] if change is None else [(HOOK_POINT, hook)]
     with torch.inference_mode():
         logits = subject.bridge.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
     return float(each[mask[:, 1:].flatten()].sum())
 
 

@@ -108,7 +108,7 @@ def train(settings: Settings, out: Path) -> tuple[Any, float]:
             logits = model(ids, use_cache=False).logits
         loss = weighted_loss(logits.float(), ids, answer)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
@@ -180,6 +180,7 @@ def save(model: Any, folder: Path) -> None:
     """Write model and tokenizer as `load_subject` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     (folder / "generation_config.json").unlink(missing_ok=True)
     save_tokenizer(folder)
 
