@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exegete.agent.latent_cards import LatentCard, Piece, ScoreRow, ShownWindow, choose_dictionary, read_cards, visible
+from exegete.agent.report_figures import Source, provisional
 from exegete.tools.errors import UserError
 from exegete.tools.store import connect
 
@@ -45,8 +46,9 @@ def card(store: Path, latent: int, dictionary: str | None) -> str:
         found = read_cards(connection, store, fingerprint, [latent])
         if not found:
             raise _unknown(latent, visible(name), *_range(connection, fingerprint))
+        run_floors = _run_floors(connection, fingerprint, found[0].run)
     where = " · ".join(visible(part) for part in (name, subject, hook_point) if part)
-    return _printed(_layout(found[0], f"{where} · {fingerprint[:19]}"))
+    return _printed(_layout(found[0], f"{where} · {fingerprint[:19]}", run_floors))
 
 
 def _range(connection: duckdb.DuckDBPyConnection, fingerprint: str) -> tuple[int | None, int | None]:
@@ -70,7 +72,18 @@ def _printed(layout: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
-def _layout(shown: LatentCard, where: str) -> Group:
+def _run_floors(connection: duckdb.DuckDBPyConnection, fingerprint: str, run: str | None) -> dict[str, str]:
+    """Return evaluator → what the run's floors reached on average, for latents that were not among those drawn."""
+    if run is None:
+        return {}
+    told = {}
+    for evaluator, figures in provisional(Source(connection, fingerprint, run)).items():
+        means = [f"{name} {_interval(**floor['balanced_accuracy'])}" for name, floor in figures["floors"].items()]
+        told[evaluator] = "\n".join(["means of the run:", *means]) if means else "the run has none yet"
+    return told
+
+
+def _layout(shown: LatentCard, where: str, run_floors: dict[str, str]) -> Group:
     parts: list[RenderableType] = [
         Text.assemble((f"Latent {shown.latent}", "bold"), "  ", (where, "dim")),
         Text(_state(shown)),
@@ -78,7 +91,7 @@ def _layout(shown: LatentCard, where: str) -> Group:
         *_explanation(shown),
     ]
     if shown.scores:
-        parts += [Text(""), _scores(shown)]
+        parts += [Text(""), _scores(shown, run_floors)]
     parts += _windows("Windows", shown.windows, "none were kept")
     if shown.scores:
         parts += _windows("The judge's mistakes on test windows", shown.mistakes, "none")
@@ -115,7 +128,7 @@ def _explanation(shown: LatentCard) -> list[RenderableType]:
     return lines
 
 
-def _scores(shown: LatentCard) -> Table:
+def _scores(shown: LatentCard, run_floors: dict[str, str]) -> Table:
     table = Table(
         title="Scores on held-out windows, with 95 % intervals", title_justify="left", box=None, pad_edge=False
     )
@@ -126,16 +139,23 @@ def _scores(shown: LatentCard) -> Table:
             if row.value is None and metric in ("auroc", "auprc"):
                 continue
             floors = [f"{floor.baseline} {_figure(floor)}" for floor in shown.floors(row.evaluator, metric)]
-            none = "not among those drawn for floors" if metric == "balanced_accuracy" else ""
+            none = run_floors.get(row.evaluator, "") if metric == "balanced_accuracy" else ""
             cells = (row.evaluator, metric, _figure(row), str(row.n), str(row.failures), "\n".join(floors) or none)
             table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def _figure(row: ScoreRow) -> str:
-    if row.value is None or row.low is None or row.high is None:
+    if row.value is None:
         return f"none ({row.status})"
-    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    return _interval(row.value, row.low, row.high)
+
+
+def _interval(value: float | None, low: float | None, high: float | None, n: int | None = None) -> str:
+    counted = "" if n is None else f" (n = {n:,})"
+    if value is None:
+        return f"none{counted}"
+    return f"{value:.3f} [no interval]{counted}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]{counted}"
 
 
 def _windows(title: str, windows: tuple[ShownWindow, ...], none: str) -> list[RenderableType]:

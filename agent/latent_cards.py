@@ -77,6 +77,8 @@ class LatentCard:
     statistics: Mapping[str, float | None]
     explanation: Mapping[str, str | None] | None
     """`explanation_id`, `text`, `predicate`, `explainer`, `model`; None where there is none."""
+    run: str | None
+    """The run that scored it."""
     scores: tuple[ScoreRow, ...]
     windows: tuple[ShownWindow, ...]
     mistakes: tuple[ShownWindow, ...]
@@ -167,6 +169,7 @@ def _card(
         detail=None if numbers["detail"] is None else visible(numbers["detail"]),
         statistics={name: numbers[name] for name in STATISTICS},
         explanation=None if explanation is None else _shown_explanation(explanation),
+        run=None if explanation is None else explanation["run"],
         scores=scores,
         windows=tuple(_shown(caption, window, scale) for caption, window in _chosen(own)),
         mistakes=mistakes,
@@ -222,14 +225,15 @@ def _mistakes(
         WHERE dictionary = ? AND latent = ? AND explanation_id = ? AND run = ? AND baseline IS NULL AND applies <> truth
         QUALIFY row_number() OVER (PARTITION BY evaluator, truth ORDER BY window_id) <= ?
         ORDER BY row_number() OVER (PARTITION BY evaluator, truth ORDER BY window_id), evaluator, truth""",
-        [*which, MISTAKES],
+        [*which, 2 * MISTAKES],
     ).fetchall()
     windows = {window.id: window for window in own.windows}
     shown = []
     for evaluator, truth, identity, marks in rows:
-        if identity in windows:
+        window = windows.pop(identity, None)  # each window once: evaluators often fail on the same ones
+        if window is not None:
             caption = f"false {'negative' if truth else 'positive'} · {evaluator}"
-            shown.append(_shown(caption, windows[identity], scale, marks or ()))
+            shown.append(_shown(caption, window, scale, marks or ()))
     return tuple(shown[:MISTAKES])
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 520, 290
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 44
+CUT = 4.0
 
 Point = tuple[float, float]
 
@@ -74,11 +75,13 @@ def score_histogram(title: str, label: str, series: Sequence[Series], width: flo
     """Draw distributions as shares per bin of `width`: the first filled, the others as outlines.
 
     One whose values are all the same (a constant explanation scores exactly one half) is a vertical line: its spike would
-    flatten the rest. `Series.points` are (value, count), ascending; a value of one belongs to the last bin below it.
+    flatten the rest. Bins more than `CUT` times as high as the highest of the first distribution are cut off, and the note
+    says so. `Series.points` are (value, count), ascending; a value of one belongs to the last bin below it.
     """
     spread = [one for position, one in enumerate(series) if position == 0 or len(one.points) > 1]
     shares = {one.style: _shares(one.points, width) for one in spread}
-    top = max((height for bins in shares.values() for _, height in bins), default=1.0)
+    highest = [max((height for _, height in bins), default=1.0) for bins in shares.values()]
+    top = min(max(highest), CUT * highest[0])
     canvas = Canvas(title, _score_axis(label, series), round_axis("share of latents", 0.0, top * 1.06, 4))
     for position, one in enumerate(series):
         if one.style not in shares:
@@ -88,7 +91,12 @@ def score_histogram(title: str, label: str, series: Sequence[Series], width: flo
         if position == 0:
             canvas.area(outline, one.style)
         canvas.line(outline, one.style)
-    return Plot(title, canvas.svg(), tuple((one.style, one.label) for one in series))
+    note = (
+        f"the highest bins of a floor are cut off; they reach {max(highest):.0%} of its latents"
+        if max(highest) > top
+        else ""
+    )
+    return Plot(title, canvas.svg(), tuple((one.style, one.label) for one in series), note)
 
 
 def ecdf(title: str, label: str, series: Sequence[Series]) -> Plot:

@@ -71,7 +71,7 @@ floor AS (SELECT * FROM scored WHERE baseline IS NOT NULL)
 
 def headline(source: Source, stored: str | None) -> dict[str, Any]:
     """Return evaluator → `balanced_accuracy` and `floors` (as `summarise` has them), with `judged` and `failures` added."""
-    figures = json.loads(stored).get("evaluators", {}) if stored else _provisional(source)
+    figures = json.loads(stored).get("evaluators", {}) if stored else provisional(source)
     counts = source.rows("SELECT evaluator, sum(n), sum(failures) FROM own GROUP BY evaluator")
     for evaluator, judged, failures in counts:
         if evaluator in figures:
@@ -81,8 +81,8 @@ def headline(source: Source, stored: str | None) -> dict[str, Any]:
     return {name: {"judged": 0, "failures": 0, **figures[name]} for name in sorted(figures)}
 
 
-def _provisional(source: Source) -> dict[str, Any]:
-    """Return means with normal intervals over latents."""
+def provisional(source: Source) -> dict[str, Any]:
+    """Return what `headline` returns, but means with normal intervals over latents; floors in the order of BASELINES."""
     columns = "avg({0}), stddev_samp({0}), count({0})"
     own = source.rows(f"SELECT evaluator, {columns.format('value')} FROM own GROUP BY evaluator")
     figures: dict[str, Any] = {name: {METRIC: normal(*numbers), "floors": {}} for name, *numbers in own}

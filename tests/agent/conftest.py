@@ -71,9 +71,8 @@ def make_store(tmp_path: Path) -> StoreMaker:
         opened = Store.create_or_open(tmp_path / store)
         _write_evidence(opened, toy)
         with opened.writer() as writer:
-            source = {"subject": None, "hook_point": None} if not toy.activations else {}
-            described = {"subject": "toy-model", "hook_point": "blocks.0.hook_resid_post"} | source
-            writer.add_dictionary(DictionaryRecord(toy.dictionary, toy.name, toy.latents, **described))
+            subject, hook_point = ("toy-model", "blocks.0.hook_resid_post") if toy.activations else (None, None)
+            writer.add_dictionary(DictionaryRecord(toy.dictionary, toy.name, toy.latents, subject, hook_point))
             if toy.labeled:
                 _label(opened, toy, writer)
             writer.publish()
@@ -84,7 +83,9 @@ def make_store(tmp_path: Path) -> StoreMaker:
 
 def _write_evidence(store: Store, toy: Toy) -> None:
     rng = np.random.default_rng(toy.seed)
-    windows, items, rows = [], [], []
+    windows: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for latent in range(toy.latents):
         status = _status(toy, latent)
         rows.append(_latent(toy, latent, status))
@@ -182,7 +183,7 @@ def _floor_record(toy: Toy, own: LatentEvidence) -> LatentRecord:
 
 def _scores(toy: Toy, evaluator: str, value: float, baseline: str | None = None) -> list[Score]:
     value = value - 0.03 * (evaluator == "fuzzing" and baseline is None)
-    common = {"n": PER_SPLIT, "failures": 1, "baseline": baseline, "parameters": {"judge": toy.judge}}
+    common: dict[str, Any] = {"n": PER_SPLIT, "failures": 1, "baseline": baseline, "parameters": {"judge": toy.judge}}
     return [
         Score(evaluator, "balanced_accuracy", value, value - 0.05, value + 0.05, **common),
         Score(evaluator, "f1", value, value - 0.05, value + 0.05, **common),
@@ -192,5 +193,5 @@ def _scores(toy: Toy, evaluator: str, value: float, baseline: str | None = None)
 
 def _judged(window: Window, evaluator: str) -> JudgedItem:
     marks = (1, 2) if evaluator == "fuzzing" else None
-    wrong = window.id % 4 == 0
+    wrong = window.id % 3 == 0
     return JudgedItem(window, marks, window.fires, Verdict(applies=window.fires != wrong), prompt=0)
