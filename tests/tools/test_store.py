@@ -18,6 +18,7 @@ import duckdb
 import pytest
 
 import exegete
+from exegete.agent.sql import run_sql
 from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
 from exegete.tools.interchange import import_evidence
@@ -295,3 +296,42 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         writer.record(begin(writer), [record(11)])
         writer.publish()
     assert len(content(Store.open(tmp_path))["results"]) == 11
+
+
+def test_a_reader_elsewhere_sees_whole_snapshots_only(tmp_path: Path) -> None:
+    fill(tmp_path, [range(5)])
+    script = """
+        import sys, pathlib, exegete
+        seen = set()
+        while not (pathlib.Path(sys.argv[1]) / "stop").exists():
+            with exegete.connect(sys.argv[1]) as connection:
+                counts = "SELECT (SELECT count(*) FROM explanations), (SELECT count(*) FROM verdicts)"
+                seen.add(connection.execute(counts).fetchall()[0])
+                if len(seen) == 1:
+                    print("reading", flush=True)
+        print(sorted(seen))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        with Store.open(tmp_path).writer() as writer:
+            run = begin(writer)
+            for start in range(5, 50, 5):
+                writer.record(run, [record(latent) for latent in range(start, start + 5)])
+                writer.publish()
+        (tmp_path / "stop").touch()
+        last = process.stdout.read().splitlines()[-1]
+    seen = json.loads(last.replace("(", "[").replace(")", "]"))
+    assert process.returncode == 0
+    assert len(seen) > 1 and all(n % 5 == 0 and verdicts == 2 * n for n, verdicts in seen)
+
+
+def test_a_truncated_part_is_named(tmp_path: Path) -> None:
+    store = fill(tmp_path, [range(5)])
+    [part] = (store.folder / "verdicts").iterdir()
+    part.write_bytes(part.read_bytes()[:-50])
+    with pytest.raises(UserError, match=part.name) as caught:
+        run_sql(tmp_path, "SELECT count(*) FROM verdicts")
+    assert "\n" not in str(caught.value)
+    assert run_sql(tmp_path, "SELECT count(*) AS n FROM scores", "csv") == "n\n15\n"

@@ -65,6 +65,8 @@ def _copy(connection: duckdb.DuckDBPyConnection, temporary: Path) -> None:
 
 def _finish(temporary: Path, folder: Path) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
+        # One transaction: two hundred comments would each wait for the disk.
+        snapshot.begin()
         snapshot.execute(
             "CREATE TABLE data.snapshot AS SELECT ?::TIMESTAMP AS published_at, ?::INTEGER AS schema_version,"
             " ?::VARCHAR AS code_version, ?::VARCHAR AS store",
@@ -72,6 +74,7 @@ def _finish(temporary: Path, folder: Path) -> None:
         )
         for statement in statements_for(snapshot, folder):
             snapshot.execute(statement)
+        snapshot.commit()
 
 
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
