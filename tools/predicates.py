@@ -28,9 +28,10 @@ linear in the tokens and never raises.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as made
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -45,6 +46,8 @@ MAX_DEPTH = 40
 """Deepest nesting of brackets, `not` and neighbours."""
 MAX_NEAR = 256
 """Farthest neighbour, in tokens."""
+REMEMBERED = 20_000
+"""Words whose answer a joined predicate remembers."""
 
 Field = Literal["token", "word"]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -117,9 +120,14 @@ class Member:
         object.__setattr__(self, "values", tuple(dict.fromkeys(values)))
         object.__setattr__(self, "_set", frozenset(values))
 
+    @property
+    def accepts(self) -> Callable[[str], bool]:
+        """Whether one token or word passes."""
+        return self._set.__contains__
+
     def mask(self, view: View) -> Mask:
         """Return for each position whether it holds."""
-        return _test(view, self.field, self._set.__contains__)
+        return _test(view, self.field, self.accepts)
 
     def __str__(self) -> str:
         return f"{self.field} in {{{', '.join(map(quote, self.values))}}}"
@@ -143,9 +151,14 @@ class Pattern:
     def __reduce__(self) -> tuple[type[Pattern], tuple[str, str, str]]:
         return Pattern, (self.field, self.notation, self.pattern)
 
+    @property
+    def accepts(self) -> Callable[[str], bool]:
+        """Whether one token or word passes."""
+        return self._accepts
+
     def mask(self, view: View) -> Mask:
         """Return for each position whether it holds."""
-        return _test(view, self.field, self._accepts)
+        return _test(view, self.field, self.accepts)
 
     def __str__(self) -> str:
         return f"{self.field} {self.notation} {quote(self.pattern)}"
@@ -213,16 +226,48 @@ class Joined:
 
     operator: Literal["and", "or"]
     parts: tuple[Node, ...]
+    _alternatives: Mapping[Field, _AnyOf] = made(init=False, repr=False, compare=False)
+    _others: tuple[Node, ...] = made(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tests: dict[Field, list[Callable[[str], bool]]] = {}
+        others: list[Node] = []
+        for part in self.parts:
+            if self.operator == "or" and isinstance(part, Member | Pattern):
+                tests.setdefault(part.field, []).append(part.accepts)
+            else:
+                others.append(part)
+        object.__setattr__(self, "_alternatives", {name: _AnyOf(accepting) for name, accepting in tests.items()})
+        object.__setattr__(self, "_others", tuple(others))
+
+    def __reduce__(self) -> tuple[type[Joined], tuple[str, tuple[Node, ...]]]:
+        return Joined, (self.operator, self.parts)
 
     def mask(self, view: View) -> Mask:
         """Return for each position whether it holds."""
         held = np.full(len(view.tokens), self.operator == "and")
-        for part in self.parts:
+        for name, alternatives in self._alternatives.items():
+            held |= _test(view, name, alternatives.__getitem__)
+        for part in self._others:
             held = held & part.mask(view) if self.operator == "and" else held | part.mask(view)
         return held
 
     def __str__(self) -> str:
         return f" {self.operator} ".join(map(_bracketed, self.parts))
+
+
+class _AnyOf(dict[str, bool]):
+    """Text → whether one of many tests accepts it, remembered: a predicate of a hundred patterns meets few distinct words."""
+
+    def __init__(self, tests: Sequence[Callable[[str], bool]]) -> None:
+        super().__init__()
+        self._tests = tests
+
+    def __missing__(self, text: str) -> bool:
+        if len(self) >= REMEMBERED:
+            self.clear()
+        held = self[text] = any(test(text) for test in self._tests)
+        return held
 
 
 Node: TypeAlias = Constant | Member | Pattern | Position | Near | Not | Joined
@@ -236,7 +281,7 @@ class Predicate:
 
     def matches(self, tokens: Sequence[str]) -> Mask:
         """Return shape (tokens,): whether the predicate holds at each position of the window."""
-        return self.node.mask(View(tokens, words_of(tokens)))
+        return self.node.mask(_view(tuple(tokens)))
 
     def __str__(self) -> str:
         return str(self.node)
@@ -270,6 +315,12 @@ def parse(source: str) -> Predicate:
     from exegete.tools.predicate_parser import parse_node
 
     return Predicate(parse_node(source))
+
+
+@lru_cache(maxsize=4096)
+def _view(tokens: tuple[str, ...]) -> View:
+    """The view of a window; kept, since several evaluators and floors look at the same windows one after the other."""
+    return View(tokens, words_of(tokens))
 
 
 def _test(view: View, name: Field, accepts: Callable[[str], bool]) -> Mask:
