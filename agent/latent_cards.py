@@ -219,21 +219,27 @@ def _scores(connection: duckdb.DuckDBPyConnection, which: tuple[str, int, str, s
 def _mistakes(
     connection: duckdb.DuckDBPyConnection, which: tuple[str, int, str, str | None], own: LatentEvidence, scale: float
 ) -> tuple[ShownWindow, ...]:
-    """Return windows that the judge got wrong: false positives and negatives in turn, detection before fuzzing."""
+    """Return windows that the judge got wrong, each once: evaluators and both kinds of mistake take turns."""
     rows = connection.execute(
         """SELECT evaluator, truth, window_id, marks FROM verdicts
         WHERE dictionary = ? AND latent = ? AND explanation_id = ? AND run = ? AND baseline IS NULL AND applies <> truth
         QUALIFY row_number() OVER (PARTITION BY evaluator, truth ORDER BY window_id) <= ?
-        ORDER BY row_number() OVER (PARTITION BY evaluator, truth ORDER BY window_id), evaluator, truth""",
-        [*which, 2 * MISTAKES],
+        ORDER BY evaluator, truth, window_id""",
+        [*which, 4 * MISTAKES],
     ).fetchall()
-    windows = {window.id: window for window in own.windows}
-    shown = []
+    waiting: dict[tuple[str, bool], list[tuple[int, Sequence[int] | None]]] = {}
     for evaluator, truth, identity, marks in rows:
-        window = windows.pop(identity, None)  # each window once: evaluators often fail on the same ones
-        if window is not None:
-            caption = f"false {'negative' if truth else 'positive'} · {evaluator}"
-            shown.append(_shown(caption, window, scale, marks or ()))
+        waiting.setdefault((evaluator, truth), []).append((identity, marks))
+    windows = {window.id: window for window in own.windows}
+    shown: list[ShownWindow] = []
+    while waiting and len(shown) < MISTAKES:
+        for (evaluator, truth), left in list(waiting.items()):
+            found = next(((i, marks) for i, marks in left if i in windows), None)
+            if found is None:
+                del waiting[evaluator, truth]
+            else:
+                caption = f"false {'negative' if truth else 'positive'} · {evaluator}"
+                shown.append(_shown(caption, windows.pop(found[0]), scale, found[1] or ()))
     return tuple(shown[:MISTAKES])
 
 

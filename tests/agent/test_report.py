@@ -148,3 +148,14 @@ def test_a_browser_draws_the_plots_and_runs_no_script(make_store: StoreMaker, tm
     assert len(re.findall(r'<path class="(?:line|area|dots)[^"]*" d="M', dom)) > 20
     assert "<title>Exegete report" in dom and "<title>owned" not in dom
     assert "<script" not in dom and "<img" not in dom
+
+
+def test_a_cloud_of_many_latents_is_a_fixed_sample_and_says_so(
+    make_store: StoreMaker, page_of: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exegete.agent.report_figures.SCATTER_POINTS", 10)
+    make_store(latents=40)
+    page = page_of()
+    assert page.count("10 of 37 latents, a fixed sample") == 3
+    assert [path.count("M") for path in re.findall(r'class="dots[^"]*" d="([^"]*)"', page)] == [10, 10, 10]
+    assert "(n = 37)" in Page(page).text and page == page_of()
