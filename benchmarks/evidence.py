@@ -123,13 +123,12 @@ def render(folder: Path, mode: str, low: int, high: int) -> int:
             for window in latent.windows
         )
     size = 0
-    for latent in evidence.read(range(low, high), "explain", first=40):
+    for latent in evidence.read(range(low, high), "explain", first=40, kinds=["firing"]):
         size += sum(len(render_window(w.tokens, w.firing_positions())) for w in latent.select("explain", kind="firing"))
-    for latent in evidence.read(range(low, high), "score", first=10):
+    for latent in evidence.read(range(low, high), "score", first=10, splits=["test"], kinds=["firing", "random"]):
         for window in latent.select("test"):
-            if window.kind != "hard":
-                size += len(render_window(window.tokens))
-                size += len(render_window(window.tokens, window.firing_positions() or (3, 4)))
+            size += len(render_window(window.tokens))
+            size += len(render_window(window.tokens, window.firing_positions() or (3, 4)))
     return size
 
 

@@ -56,6 +56,17 @@ def test_the_explainer_is_not_given_test_windows(tmp_path: Path) -> None:
     assert [w.split for w in four.windows] == ["explain"]
 
 
+def test_only_the_wanted_windows_are_read(tmp_path: Path) -> None:
+    write_evidence(tmp_path / "evidence", **_tables())
+    evidence = Evidence.open(tmp_path / "evidence")
+    (firing,) = evidence.read([4], "score", kinds=["firing"])
+    (test,) = evidence.read([4], "score", splits=["test"])
+    (sealed,) = evidence.read([4], "explain", splits=["test"])
+    (none,) = evidence.read([4], "score", first=0)
+    assert [w.id for w in firing.windows] == [9] and [w.id for w in test.windows] == [3]
+    assert sealed.windows == () and none.windows == ()
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ascending by 'window'"):
         write_evidence(tmp_path / "evidence", **{**_tables(), "windows": list(reversed(_tables()["windows"]))})
