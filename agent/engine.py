@@ -47,7 +47,7 @@ async def label_latents(
     `write` gets batches of records; `stop` is asked before each latent enters.
     """
     pending: set[asyncio.Task[LatentRecord]] = set()
-    batch = _Batch(write)
+    batch = Batch(write)
     complete = True
     for own in source:
         if stop():
@@ -80,16 +80,18 @@ async def _label(own: LatentEvidence, graph: Any, bench: Workbench) -> LatentRec
         bench.in_flight.pop(own.latent, None)
 
 
-class _Batch:
+class Batch:
     """Gathers records and writes them when there are enough or the last writing is long ago."""
 
     def __init__(self, write: Write) -> None:
+        """Hand batches of records to `write`."""
         self._write = write
         self._records: list[LatentRecord] = []
         self._written_at = time.monotonic()
         self._failures = 0
 
     def add(self, records: Iterable[LatentRecord]) -> None:
+        """Take records in; raises RuntimeError where too many in a row failed."""
         for record in records:
             self._failures = self._failures + 1 if record.status == "failed" else 0
             self._records.append(record)
@@ -99,6 +101,7 @@ class _Batch:
             self.flush()
 
     def flush(self) -> None:
+        """Write what has gathered."""
         if self._records:
             self._write(self._records)
         self._records = []

@@ -8,11 +8,12 @@ so an interrupted run has the same floors as an undisturbed one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
+from exegete.agent.engine import Batch, Stop, Write
 from exegete.agent.graph import Workbench
 from exegete.evaluators.baselines import (
     CONSTANT,
@@ -56,15 +57,18 @@ async def score_all_floors(
     floors: Floors,
     explanations: Mapping[int, Explanation],
     bench: Workbench,
-    write: Callable[[Sequence[LatentRecord]], None],
-    stop: Callable[[], bool],
+    write: Write,
+    stop: Stop,
 ) -> bool:
     """Score the floors of every latent of `source` and write them; return whether all of them were taken."""
+    batch, complete = Batch(write), True
     for own in source:
         if stop():
-            return False
-        write([await score_floors(own, identities[own.latent], floors, explanations, bench)])
-    return True
+            complete = False
+            break
+        batch.add([await score_floors(own, identities[own.latent], floors, explanations, bench)])
+    batch.flush()
+    return complete
 
 
 async def score_floors(

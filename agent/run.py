@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from exegete.agent.config import RunConfig
-from exegete.agent.engine import evidence_in_ranges, label_latents
+from exegete.agent.engine import Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Interrupted, gather_evidence
 from exegete.agent.graph import Workbench, label_graph
@@ -39,8 +39,6 @@ from exegete.tools.store import LatentRecord, Store, Writer
 from exegete.tools.store.results import RunResults
 
 PUBLISH_EVERY_S = 120.0
-
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ def _label_dictionary(
         writer.finish_run(run_id, "interrupted")
         raise
     results = writer.results(run_id, evidence.dictionary)
-    writer.set_types(run_id, evidence.dictionary, _types(results))
+    statuses = evidence.statuses
+    silent = {latent: str(statuses[latent]) for latent in latents if statuses[latent] != "live"}
+    writer.set_types(run_id, evidence.dictionary, silent | _types(results))
     figures = summarise(results, generator(config.seed, "summary", evidence.dictionary))
     writer.finish_run(run_id, "finished", figures)
     return figures
@@ -191,9 +191,7 @@ def _types(results: RunResults) -> dict[int, str]:
     return input_types(scores, floors)
 
 
-def _publishing(
-    writer: Writer, record: Callable[[Sequence[LatentRecord]], None], advance: Callable[[int], None]
-) -> Callable[[Sequence[LatentRecord]], None]:
+def _publishing(writer: Writer, record: Write, advance: Callable[[int], None]) -> Write:
     """Return a function that writes records, advances the progress, and republishes every two minutes."""
     published_at = time.monotonic()
 

@@ -1,0 +1,158 @@
+"""A whole run on imported evidence: no model, no dictionary, no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exegete
+from exegete.agent.config import load_config
+from exegete.agent.progress import Lines
+from exegete.agent.run import run
+from exegete.tools.errors import UserError
+from exegete.tools.interchange import import_evidence
+from exegete.tools.seeds import generator
+
+WORDS = ["the", "a", "of", "to", "and", "in", "is", "it", "on", "as", "at", "by", "we", "he", "she"]
+TARGETS = [
+    "dog",
+    "cat",
+    "fish",
+    "bird",
+    "tree",
+    "house",
+    "river",
+    "stone",
+    "cloud",
+    "rain",
+    "snow",
+    "wind",
+    "fire",
+    "salt",
+    "milk",
+    "bread",
+    "glass",
+    "wood",
+    "iron",
+    "gold",
+    "horse",
+    "sheep",
+    "lamp",
+    "door",
+    "roof",
+    "wall",
+    "road",
+    "bridge",
+    "ship",
+    "harbour",
+]
+LATENTS = len(TARGETS)
+
+
+def planted_line(latent: int) -> dict[str, Any]:
+    """A latent that fires on one word of its own (the last one: at random)."""
+    rng = generator(0, "planted", latent)
+    target = TARGETS[latent]
+    windows = []
+    for split in ("explain", "refine", "test"):
+        for number in range(24):
+            tokens = [f" {WORDS[i]}" for i in rng.integers(len(WORDS), size=12)]
+            fires, at = number % 2 == 0, int(rng.integers(12))
+            if fires and latent != LATENTS - 1:
+                tokens[at] = f" {target}"
+            activations = [1.0 if fires and i == at else 0.0 for i in range(12)]
+            kind = "firing" if fires else "random"
+            windows.append({"tokens": tokens, "activations": activations, "fires": fires, "split": split, "kind": kind})
+    return {"dictionary": "planted", "latent": latent, "windows": windows}
+
+
+@pytest.fixture(scope="module")
+def planted_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("planted") / "planted.jsonl"
+    file.write_text("".join(json.dumps(planted_line(latent)) + "\n" for latent in range(LATENTS)))
+    return file
+
+
+def labeled(file: Path, store: Path, *assignments: str) -> dict[str, Any]:
+    import_evidence(file, store)
+    outcome = run(load_config(None, assignments, {"store": str(store)}), Lines(every_s=1e9))
+    assert outcome.finished
+    return next(iter(outcome.figures.values()))
+
+
+def tables(store: Path) -> dict[str, list[Any]]:
+    with exegete.connect(store) as connection:
+        return {
+            view: connection.execute(f"SELECT * FROM {view} ORDER BY ALL").fetchall()
+            for view in ("latents", "explanations", "scores", "best_explanations", "verdicts", "examples")
+        }
+
+
+@pytest.fixture(scope="module")
+def store(planted_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    labeled(planted_file, folder)
+    return folder
+
+
+def test_planted_latents_are_explained_far_above_their_floors(store: Path) -> None:
+    with exegete.connect(store) as connection:
+        figures = json.loads(connection.execute("SELECT figures FROM runs").fetchall()[0][0])
+    for evaluator in ("detection", "fuzzing"):
+        found = figures["evaluators"][evaluator]
+        assert found["balanced_accuracy"]["value"] > 0.95
+        for floor in ("shuffled", "constant"):
+            assert found["floors"][floor]["above"]["low"] > 0.3
+            assert found["floors"][floor]["above"]["n"] >= LATENTS - 1
+    assert figures["outcomes"]["labeled"] >= LATENTS - 1
+    assert figures["types"]["input"] >= LATENTS - 1
+
+
+def test_every_score_has_an_interval_and_an_n(store: Path) -> None:
+    with exegete.connect(store) as connection:
+        odd = connection.execute(
+            "SELECT * FROM scores WHERE metric = 'balanced_accuracy'"
+            " AND (value IS NULL OR low IS NULL OR high IS NULL OR NOT (low <= value AND value <= high) OR n = 0)"
+        ).fetchall()
+        evaluators = connection.execute("SELECT DISTINCT evaluator FROM scores ORDER BY 1").fetchall()
+    assert not odd
+    assert evaluators == [("detection",), ("fuzzing",)]
+
+
+def test_another_store_gets_the_same_tables(planted_file: Path, store: Path, tmp_path: Path) -> None:
+    labeled(planted_file, tmp_path / "again", "label.concurrency=3")
+    assert tables(tmp_path / "again") == tables(store)
+
+
+def test_repeating_a_finished_run_changes_nothing(planted_file: Path, store: Path) -> None:
+    before = tables(store)
+    assert run(load_config(None, (), {"store": str(store)}), Lines(every_s=1e9)).finished
+    assert tables(store) == before
+
+
+def test_a_limit_labels_that_many(planted_file: Path, tmp_path: Path) -> None:
+    figures = labeled(planted_file, tmp_path / "some", "label.limit=7")
+    assert sum(figures["outcomes"].values()) == 7
+
+
+def test_two_explainers_share_a_store(planted_file: Path, tmp_path: Path) -> None:
+    labeled(planted_file, tmp_path / "both")
+    assert run(load_config(None, ["label.explainer=token_list"], {"store": str(tmp_path / "both")}), Lines()).finished
+    with exegete.connect(tmp_path / "both") as connection:
+        explainers = connection.execute("SELECT DISTINCT explainer FROM explanations ORDER BY 1").fetchall()
+        twice = connection.execute("SELECT latent FROM latents GROUP BY latent HAVING count(*) > 1").fetchall()
+    assert explainers == [("lexical",), ("token_list",)]
+    assert not twice
+
+
+def test_an_empty_store_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evidence import"):
+        run(load_config(None, (), {"store": str(tmp_path / "empty")}), Lines())
+
+
+def test_a_half_configured_pass_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \[dictionary\]"):
+        run(load_config(None, ["subject.name=x"], {"store": str(tmp_path / "s")}), Lines())
