@@ -12,7 +12,9 @@ from collections.abc import Collection, Sequence
 OPEN, CLOSE = "<<", ">>"
 _LOOK_ALIKES = str.maketrans({"<": "‹", ">": "›", "`": "ˋ"})
 _CONTROL = {c: f"\\x{c:02x}" for c in [*range(32), 127, *range(128, 160)]} | {0x0A: "⏎", 0x09: "→", 0x0D: "\\r"}
-_INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, 0x2028, 0x2029], "�")
+_INVISIBLE = dict.fromkeys(
+    [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, 0x2028, 0x2029], "�"
+)
 _CLEAN = {**_LOOK_ALIKES, **_CONTROL, **_INVISIBLE}
 
 

@@ -16,39 +16,11 @@ from exegete.tools.errors import UserError
 from exegete.tools.interchange import import_evidence
 from exegete.tools.seeds import generator
 
-WORDS = ["the", "a", "of", "to", "and", "in", "is", "it", "on", "as", "at", "by", "we", "he", "she"]
-TARGETS = [
-    "dog",
-    "cat",
-    "fish",
-    "bird",
-    "tree",
-    "house",
-    "river",
-    "stone",
-    "cloud",
-    "rain",
-    "snow",
-    "wind",
-    "fire",
-    "salt",
-    "milk",
-    "bread",
-    "glass",
-    "wood",
-    "iron",
-    "gold",
-    "horse",
-    "sheep",
-    "lamp",
-    "door",
-    "roof",
-    "wall",
-    "road",
-    "bridge",
-    "ship",
-    "harbour",
-]
+WORDS = "the a of to and in is it on as at by we he she".split()
+TARGETS = (
+    "dog cat fish bird tree house river stone cloud rain snow wind fire salt milk bread glass wood iron gold"
+    " horse sheep lamp door roof wall road bridge ship harbour"
+).split()
 LATENTS = len(TARGETS)
 
 
