@@ -30,6 +30,7 @@ from exegete.agent.report_figures import (
     other_metrics,
     score_plots,
 )
+from exegete.evaluators.baselines import BASELINES
 from exegete.tools.errors import UserError
 from exegete.tools.store import connect
 
@@ -216,12 +217,20 @@ def _notices(run: Mapping[str, Any], found: Mapping[str, Any], pid: int | None) 
         )
     if not found:
         notices.append("This run has scored nothing yet.")
-    without = [name for name, figures in found.items() if not figures["floors"]]
-    if without:
-        notices.append(
-            f"No floors were scored for {' and '.join(without)}: without them these figures are no headline."
-        )
-    return notices
+    return notices + _missing_floors(found)
+
+
+def _missing_floors(found: Mapping[str, Any]) -> list[str]:
+    """Say which evaluators lack which floors: a headline without its floor is none (PROTOCOLS §11)."""
+    bare = [name for name, figures in found.items() if not figures["floors"]]
+    lines = (
+        [f"No floors were scored for {' and '.join(bare)}: without them these figures are no headline."] if bare else []
+    )
+    for baseline in BASELINES:
+        lacking = [name for name, figures in found.items() if figures["floors"] and baseline not in figures["floors"]]
+        if lacking:
+            lines.append(f"The {baseline.replace('_', ' ')} floor was not scored for {' and '.join(lacking)}.")
+    return lines
 
 
 def _counts(connection: duckdb.DuckDBPyConnection, key: str, dictionary: str) -> tuple[tuple[str, int], ...]:

@@ -90,15 +90,22 @@ def provisional(source: Source) -> dict[str, Any]:
         f"""SELECT f.evaluator, f.baseline, {columns.format("f.value")}, {columns.format("o.value - f.value")}
         FROM floor f JOIN own o USING (latent, evaluator) WHERE o.value IS NOT NULL AND f.value IS NOT NULL GROUP BY ALL"""
     )
-    for name, baseline, *numbers in sorted(floors, key=lambda row: _rank(row[1])):
-        figures[name]["floors"][baseline] = {METRIC: normal(*numbers[:3]), "above": normal(*numbers[3:])}
+    for name, baseline, mean, deviation, n, *above in sorted(floors, key=lambda row: _rank(row[1])):
+        difference, spread, pairs = above
+        figures[name]["floors"][baseline] = {
+            METRIC: normal(mean, deviation, n),
+            "above": normal(difference, spread, pairs, least=-1.0),
+        }
     return figures
 
 
-def normal(mean: float | None, deviation: float | None, n: int) -> dict[str, Any]:
-    """Return a mean over `n` latents with its normal 95 % interval; no interval where there are fewer than two."""
+def normal(mean: float | None, deviation: float | None, n: int, least: float = 0.0) -> dict[str, Any]:
+    """Return a mean over `n` latents with its normal 95 % interval; no interval where there are fewer than two.
+
+    The interval is cut where no score can be: below `least` (−1 for a difference of scores) and above 1.
+    """
     half = None if deviation is None or n < 2 else Z_95 * deviation / math.sqrt(n)
-    ends = (None, None) if mean is None or half is None else (mean - half, mean + half)
+    ends = (None, None) if mean is None or half is None else (max(least, mean - half), min(1.0, mean + half))
     return {"value": mean, "low": ends[0], "high": ends[1], "n": n}
 
 

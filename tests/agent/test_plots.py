@@ -84,6 +84,7 @@ def test_intervals_of_the_provisional_figures() -> None:
         "high": pytest.approx(0.5196, abs=1e-4),
         "n": 100,
     }
+    assert normal(0.99, 0.1, 4)["high"] == 1.0 and normal(-0.99, 0.1, 4, least=-1.0)["low"] == -1.0
     assert normal(0.5, None, 1)["low"] is None and normal(None, None, 0)["high"] is None
     # z = atanh(0.5) = 0.5493, its deviation √(1.125/100) = 0.1061
     assert spearman_text(0.5, 103) == "Spearman's ρ = 0.50 [0.33, 0.64] (n = 103)"

@@ -83,6 +83,13 @@ def test_a_dictionary_without_floors_says_so(make_store: StoreMaker, page_of: Ca
     assert "No floors were scored for detection and fuzzing" in page_of()
 
 
+def test_a_missing_floor_is_named(make_store: StoreMaker, page_of: Callable[[], str]) -> None:
+    make_store()
+    page = page_of()
+    assert "The token list floor was not scored for detection and fuzzing." in page  # the toy's run scores the others
+    assert "The sibling floor" not in page
+
+
 def test_an_interrupted_run_shows_provisional_figures(make_store: StoreMaker, page_of: Callable[[], str]) -> None:
     make_store(finish=False)
     page = page_of()
