@@ -1,1 +1,1 @@
-"""To be described."""
+"""What people start: labeling runs, the command line, reports. Begin reading at `exegete.agent.run`."""

@@ -141,6 +141,12 @@ def judge_names() -> list[str]:
     return _names("judge")
 
 
+def maker_of(kind: str, name: str) -> Callable[..., Any]:
+    """Return the class or function registered as `name` among the "evaluator"s or "judge"s. Raises KeyError."""
+    _names(kind)
+    return _REGISTRIES[kind][name]
+
+
 def make_evaluator(name: str, **options: Any) -> Evaluator:
     """Return the evaluator registered as `name`. Raises UserError where there is none."""
     made: Evaluator = _make("evaluator", name, options)

@@ -70,6 +70,12 @@ def explainer_names() -> list[str]:
     return sorted(_MAKERS)
 
 
+def maker_of(name: str) -> Callable[..., Explainer]:
+    """Return the class or function registered as `name`. Raises KeyError where there is none."""
+    explainer_names()
+    return _MAKERS[name]
+
+
 def make_explainer(name: str, **options: Any) -> Explainer:
     """Return the explainer registered as `name`, made with `options`.
 

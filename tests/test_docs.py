@@ -1,0 +1,44 @@
+"""The documentation, held against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from exegete.agent.cli import app, evidence_app
+from exegete.agent.reference import reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_page_is_what_the_code_says() -> None:
+    written = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    assert written == reference(), "run: python -m exegete.agent.reference docs/reference.md"
+
+
+def test_nothing_in_the_reference_is_without_a_meaning() -> None:
+    empty = [line for line in reference().splitlines() if re.search(r"\|\s+\|$|\| None \|$", line)]
+    assert not empty
+
+
+@pytest.mark.parametrize("command", [c.callback.__name__ for c in app.registered_commands if c.callback])
+def test_the_readme_shows_every_command(command: str) -> None:
+    assert re.search(rf"exegete {command}\b", README)
+
+
+def test_the_readme_shows_the_evidence_commands() -> None:
+    for command in evidence_app.registered_commands:
+        assert f"exegete evidence {command.name}" in README
+
+
+def test_the_readme_has_five_queries() -> None:
+    assert len(re.findall(r'exegete sql .*?"SELECT', README, flags=re.DOTALL)) >= 5
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
