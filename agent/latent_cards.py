@@ -137,6 +137,8 @@ def read_cards(
         connection, "latents", "latent, status, outcome, typed, detail, " + ", ".join(STATISTICS), dictionary, latents
     )
     numbers = {row["latent"]: row for row in rows}
+    if not numbers:
+        return []
     explanations = _explanations(connection, dictionary, latents, run)
     evidence = Evidence.open(Store.open(store).evidence_folder(dictionary))
     found = {own.latent: own for own in evidence.read([n for n in latents if n in numbers], "score")}

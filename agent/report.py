@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -87,12 +88,12 @@ def write_report(store: Path, output: Path) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, output)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        temporary.unlink(missing_ok=True) if output.parent.is_dir() else None
+    except OSError as error:
+        if output.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # The command line has its own word for a full disk.
         raise UserError(f"cannot write the report to {str(output)!r} ({error.strerror}); name another file") from error
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
     return output
 
 
@@ -135,19 +136,22 @@ def _section(
     best, worst = (extremes(source, EXTREMES, first) for first in (True, False))
     worst = [latent for latent in worst if latent not in best]
     cards = {card.latent: card for card in read_cards(connection, store, dictionary, [*best, *worst], run["run"])}
+    notices = _notices(run, found, pid)
+    if best and not cards:
+        notices.append("The evidence of this dictionary is no longer in the store: its windows cannot be shown.")
     plots = [plot for evaluator in source.evaluators() for plot in score_plots(source, evaluator)]
     return Section(
         anchor,
         visible(name),
         _clean([*about, *_run_facts(connection, dictionary, run)]),
-        tuple(_notices(run, found, pid)),
+        tuple(notices),
         outcomes,
         _counts(connection, _TYPE, dictionary),
         found,
         other_metrics(source),
         [*plots, *density_plots(source), *agreement_plots(source)],
-        [cards[latent] for latent in best],
-        [cards[latent] for latent in worst],
+        [cards[latent] for latent in best if latent in cards],
+        [cards[latent] for latent in worst if latent in cards],
     )
 
 

@@ -106,6 +106,18 @@ def test_a_language_model_judge_is_not_called_a_baseline(make_store: StoreMaker,
     assert "offline baseline" not in page and "no language model judged" not in page
 
 
+def test_a_dictionary_whose_evidence_is_gone_does_not_spoil_the_page(
+    make_store: StoreMaker, tmp_path: Path, page_of: Callable[[], str]
+) -> None:
+    make_store(name="kept")
+    lost = make_store(name="lost")
+    shutil.rmtree(Store.open(tmp_path / "store").evidence_folder(lost))
+    make_store(name="third")  # publishes anew
+    page = Page(page_of())
+    assert page.tags.count("section") == 3 and page.tags.count("article") == 2 * 9
+    assert page.text.count("no longer in the store") == 1
+
+
 def test_several_dictionaries_have_a_section_each(make_store: StoreMaker, page_of: Callable[[], str]) -> None:
     make_store(name="first")
     make_store(name="second", labeled=False)
