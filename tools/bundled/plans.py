@@ -123,13 +123,13 @@ def draw_plan(random: Random, intent: Intent | None = None) -> Plan:
 def draw_condition(random: Random, column: Column, operator: Operator | None = None) -> Condition:
     """Draw a condition on `column`: with `operator`, or any that its kind allows."""
     if column.kind == "text":
-        equality: Operator = operator or random.choice(_EQUALITIES)
+        equality: Operator = random.choice(_EQUALITIES) if operator is None else operator
         value = random.choice(lexicon.VALUES[column.family])
         place = column.name in ("city", "country") and random.random() < 0.6
         phrases = (lexicon.PLACES if place else lexicon.IDENTITIES)[equality]
         form = -1 if place else random.randrange(len(lexicon.CONDITIONS))
         return Condition(column, equality, value, form, random.randrange(len(phrases)))
-    comparison: Operator = operator or random.choice(list(lexicon.COMPARISONS))
+    comparison: Operator = random.choice(list(lexicon.COMPARISONS)) if operator is None else operator
     value = str(random.choice(lexicon.YEARS if column.kind == "year" else lexicon.AMOUNTS))
     wording = random.randrange(len(lexicon.COMPARISONS[comparison]))
     return Condition(column, comparison, value, random.randrange(len(lexicon.CONDITIONS)), wording)
