@@ -9,28 +9,29 @@ Latents: OpenAI's TopK dictionaries on GPT-2 small, as explained and judged by L
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exegete.evaluators.contract import Item, Task
-from exegete.evaluators.predicate_judge import PredicateJudge
-from exegete.tools.explainers import Explainer, Explanation
-from exegete.tools.explainers.background import background
-from exegete.tools.explainers.lexical import LexicalExplainer
-from exegete.tools.explainers.token_list import TokenListExplainer
-from exegete.tools.seeds import derive_seed, generator
-from exegete.tools.windows import LatentEvidence, Split, Window
+import exegete
+from exegete.agent.config import load_config
+from exegete.agent.run import run
+from exegete.evaluators.contract import Task
+from exegete.evaluators.statistics import mean_interval
+from exegete.tools.interchange import import_evidence
+from exegete.tools.seeds import generator
 
 DEFAULT_FILE = Path(__file__).resolve().parents[1] / "../shared/data/latents/delphi_gpt2s_oai128k_random.jsonl"
+LATENTS_A_LAYER = 2**17
 TASKS: tuple[Task, ...] = ("detection", "fuzzing")
+EXPLAINERS = ("lexical", "token_list")
 _MARKED = re.compile(r"<<(.*?)>>(?!>)", re.DOTALL)
 _WORD = re.compile(r"\s*\S+|\s+\Z")
 
@@ -66,11 +67,16 @@ def interchange(record: Record) -> Row:
         correct = bool(item["correctly_marked"])
         windows.append(_test_row(tokens, correct) | {"marks": marks, "marks_correct": correct})
     return {
-        "dictionary": f"openai-128k-gpt2-small-layer-{record['layer']}",
-        "latent": int(record["feature"]),
+        "dictionary": "openai-128k-gpt2-small",
+        "latent": flat_latent(record),
         "explanation": record["explanation"],
         "windows": windows,
     }
+
+
+def flat_latent(record: Record) -> int:
+    """Return the latent's number where the dictionaries of all layers stand one after the other."""
+    return int(record["layer"]) * LATENTS_A_LAYER + int(record["feature"])
 
 
 def _explain_row(example: Row) -> Row:
@@ -87,92 +93,63 @@ def _test_row(tokens: list[str], fires: bool) -> Row:
     return {"tokens": tokens, "activations": None, "fires": fires, "split": "test", "kind": kind}
 
 
-def windows_of(record: Record) -> LatentEvidence:
-    """Return one published record as evidence."""
-    line = interchange(record)
-    made = [
-        Window(
-            id=number,
-            tokens=tuple(row["tokens"]),
-            activations=None if row["activations"] is None else np.array(row["activations"], np.float32),
-            fires=row["fires"],
-            split=row["split"],
-            kind=row["kind"],
-            marks=tuple(row["marks"]) if "marks" in row else None,
-            marks_correct=row.get("marks_correct"),
-        )
-        for number, row in enumerate(line["windows"])
-    ]
-    return LatentEvidence(line["latent"], "live", tuple(made), given_explanation=line["explanation"])
-
-
-def sealed(evidence: LatentEvidence) -> LatentEvidence:
-    """Return what an explainer may see of it."""
-    hidden: frozenset[Split] = frozenset({"test"})
-    windows = tuple(w for w in evidence.windows if w.split not in hidden)
-    return LatentEvidence(evidence.latent, evidence.status, windows, sealed=hidden)
-
-
-def items_of(evidence: LatentEvidence, task: Task) -> tuple[list[Item], list[bool]]:
-    """Return the published items of one task and their truth."""
-    chosen = [w for w in evidence.select("test") if (w.marks is not None) == (task == "fuzzing")]
-    truth = [bool(w.fires if w.marks_correct is None else w.marks_correct) for w in chosen]
-    return [Item(w.tokens, w.marks) for w in chosen], truth
-
-
-def balanced_accuracy(truth: Sequence[bool], said: Sequence[bool]) -> float:
-    """Return the mean of the true positive and the true negative rate."""
-    right = np.equal(truth, said)
-    held = np.array(truth, bool)
-    return float((right[held].mean() + right[~held].mean()) / 2)
-
-
-def score(explanation: Explanation | None, evidence: LatentEvidence, task: Task) -> float:
-    """Return the balanced accuracy of one explanation; 0.5, what a constant answer gets, where there is none."""
-    items, truth = items_of(evidence, task)
-    verdicts = asyncio.run(PredicateJudge().judge(task, explanation or Explanation(""), items, 0))
-    return balanced_accuracy(truth, [bool(v.applies) for v in verdicts]) if explanation else 0.5
+def write_interchange(records: Sequence[Record], file: Path) -> None:
+    """Write published records as a file that `exegete evidence import` takes."""
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(interchange(record)) + "\n" for record in records)
 
 
 def published(record: Record, task: Task) -> float:
     """Return the balanced accuracy of the published explanation and judge, from the published verdicts."""
     rows, key = (record["recall"], "activating") if task == "detection" else (record["fuzz"], "correctly_marked")
     known = [row for row in rows if row["scorer_says"] is not None]
-    return balanced_accuracy([bool(row[key]) for row in known], [bool(row["scorer_says"]) for row in known])
+    truth, said = (np.array([row[name] for row in known], bool) for name in (key, "scorer_says"))
+    return float((said[truth].mean() + (~said[~truth]).mean()) / 2)
 
 
-def label(explainer: Explainer, evidence: Iterable[LatentEvidence]) -> list[Explanation | None]:
-    """Return the explanation of each latent."""
-    return [asyncio.run(explainer.explain(e, derive_seed(0, "published", n))) for n, e in enumerate(evidence)]
+def label(store: Path, explainer: str) -> float:
+    """Label and score every latent of the store; return CPU milliseconds a latent, scoring and storing included."""
+    config = load_config(None, [f"label.explainer={explainer}"], {"store": str(store)})
+    began = time.process_time()
+    outcome = run(config)
+    latents = sum(sum(figures["outcomes"].values()) for figures in outcome.figures.values())
+    return 1000 * (time.process_time() - began) / latents
+
+
+def scores(store: Path, explainer: str, task: Task) -> dict[int, float]:
+    """Return latent → balanced accuracy of the explanations of one explainer."""
+    query = (
+        "SELECT s.latent, s.value FROM scores s JOIN explanations e USING (explanation_id)"
+        " WHERE s.metric = 'balanced_accuracy' AND s.baseline IS NULL AND e.explainer = ? AND s.evaluator = ?"
+    )
+    with exegete.connect(store) as connection:
+        return dict(connection.execute(query, [explainer, task]).fetchall())
+
+
+def measure(records: Sequence[Record], resamples: int, store: Path) -> Row:
+    """Import, label and score every record as a user would; return the figures of the module's docstring.
+
+    A latent that an explainer says nothing about counts as 0.5, what a constant answer gets.
+    """
+    write_interchange(records, store.with_suffix(".jsonl"))
+    import_evidence(store.with_suffix(".jsonl"), store)
+    result: Row = {"latents": len(records), "cpu_ms_per_latent": {name: label(store, name) for name in EXPLAINERS}}
+    for task in TASKS:
+        found = {name: scores(store, name, task) for name in EXPLAINERS}
+        values = {name: [own.get(flat_latent(record), 0.5) for record in records] for name, own in found.items()}
+        values["published_llama_3_70b"] = [published(record, task) for record in records]
+        paired = [a - b for a, b in zip(values["lexical"], values["token_list"], strict=True)]
+        result["abstained"] = len(records) - len(found["lexical"])
+        result[task] = {name: _figure(v, resamples) for name, v in values.items()}
+        result[task]["lexical_minus_token_list"] = _figure(paired, resamples)
+    return result
 
 
 def bootstrap(values: Sequence[float], resamples: int) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean over latents."""
-    array = np.array(values)
-    drawn = generator(0, "bootstrap").integers(0, len(array), (resamples, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def measure(records: Sequence[Record], resamples: int) -> Row:
-    """Label and score every record; return the figures of the module's docstring."""
-    evidence = [windows_of(record) for record in records]
-    visible = [sealed(e) for e in evidence]
-    others = background(visible)
-    start = time.process_time()
-    lexical = label(LexicalExplainer(others), visible)
-    spent_ms = 1000 * (time.process_time() - start) / len(records)
-    explained = {"lexical": lexical, "token_list": label(TokenListExplainer(), visible)}
-    result: Row = {"latents": len(records), "abstained": sum(e is None for e in lexical), "ms_per_latent": spent_ms}
-    for task in TASKS:
-        values = {
-            name: [score(x, e, task) for x, e in zip(made, evidence, strict=True)] for name, made in explained.items()
-        }
-        values["published_llama_3_70b"] = [published(record, task) for record in records]
-        paired = [a - b for a, b in zip(values["lexical"], values["token_list"], strict=True)]
-        result[task] = {name: _figure(v, resamples) for name, v in values.items()}
-        result[task]["lexical_minus_token_list"] = _figure(paired, resamples)
-    return result
+    found = mean_interval(np.array(values), generator(0, "bootstrap"), resamples)
+    assert found.low is not None and found.high is not None
+    return found.low, found.high
 
 
 def _figure(values: Sequence[float], resamples: int) -> Row:
@@ -198,8 +175,8 @@ def main(arguments: Sequence[str] | None = None, write: Callable[[str], Any] = p
     if not options.file.exists():
         write(json.dumps({"skipped": f"{options.file.name} is not there"}))
         return 0
-    with options.file.open(encoding="utf-8") as lines:
-        result = measure([json.loads(line) for line in lines], options.resamples)
+    with options.file.open(encoding="utf-8") as lines, tempfile.TemporaryDirectory() as folder:
+        result = measure([json.loads(line) for line in lines], options.resamples, Path(folder) / "store")
     write(json.dumps(result, indent=2))
     write(table(result))
     return 0
