@@ -6,7 +6,7 @@
 2. `exegete.tools.explainers.learning` picks the few rules on words, parts of words, shapes, contexts and positions that
    tell the two apart.
 3. Rules learned without a part of the firing windows must recognise that part beyond what they hit of the others, as
-   windows or by its firing tokens; else the latent gets no explanation.
+   windows or by its firing tokens; else the explanation says that it did not hold up. What it is worth, its scores tell.
 4. The rules become one predicate and one sentence that says the same.
 
 Where tokens are whitespace-separated words and only marked spans are cut finer, as in imported evidence, exact tokens are
@@ -29,6 +29,7 @@ from exegete.tools.windows import LatentEvidence
 
 __all__ = ["LexicalExplainer", "TokenListExplainer"]
 
+WEAK = "A guess that did not hold up on windows left out: "
 ENOUGH_OWN = 20
 """Own non-firing windows from which a latent needs no background."""
 FOLDS = 4
@@ -51,7 +52,7 @@ class LexicalExplainer:
         self._index: Index | None = None
 
     async def explain(self, evidence: LatentEvidence, seed: int) -> Explanation | None:
-        """Return the sentence and its predicate, or None where nothing predicts firing. `seed` is not used."""
+        """Return the sentence and its predicate, or None where no rule predicts firing. `seed` is not used."""
         windows = [w for w in evidence.select("explain") if w.tokens]
         shown = [Shown(w.tokens, w.firing_positions()) for w in windows if w.fires]
         shown = [s for s in shown if s.firing][:MOST_SHOWN]
@@ -61,11 +62,13 @@ class LexicalExplainer:
         contrast = self._contrast(evidence.latent, silent, shown)
         whole_words = cut_at_whitespace(shown)
         rules = learn(shown, contrast, self._settings, whole_words)
-        if not rules or not _holds_up(shown, contrast, self._settings, whole_words):
+        if not rules:
             return None
+        held_up = _holds_up(shown, contrast, self._settings, whole_words)
         rules = _fitting(rules)
         predicate = join("or", [node_of(rule.key) for rule in rules])
-        return Explanation(sentence([rule.key for rule in rules]), str(predicate), explainer=self.name)
+        text = sentence([rule.key for rule in rules])
+        return Explanation(text if held_up else WEAK + text, str(predicate), self.name, parameters={"held_up": held_up})
 
     def _contrast(self, latent: int, silent: Sequence[tuple[str, ...]], shown: Sequence[Shown]) -> Contrast:
         if len(silent) >= ENOUGH_OWN:
