@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exegete.tools.errors import UserError, nearest
+from exegete.tools.fused import FusedForward
 from exegete.tools.seeds import digest
 from exegete.tools.tokenizers import special_tokens, token_pieces, tokenizer_digest
 from exegete.tools.weights import require_finite, weights_digest
@@ -35,7 +36,10 @@ _POINTS = (
 class Subject:
     """A causal language model with named hook points. Make one with `load_subject` or `subject_from_model`."""
 
-    def __init__(self, bridge: Any, tokenizer: Any, name: str, fingerprint: str, revision: str | None = None) -> None:
+    def __init__(
+        self, bridge: Any, tokenizer: Any, name: str, fingerprint: str, revision: str | None = None, fused: Any = None
+    ) -> None:
+        self._fused: FusedForward | None = fused
         self.bridge = bridge
         """The TransformerLens bridge itself, for interventions."""
         self.tokenizer = tokenizer
@@ -94,14 +98,23 @@ class Subject:
     def residual(self, tokens: Tensor, hook_point: str) -> Tensor:
         """Return the vectors at `hook_point`, shape (context, position) → (context, position, width).
 
-        Runs only up to the hook point, in inference mode.
+        Runs only up to the hook point, in inference mode, and where the plain model has the point with fused attention.
 
         Raises:
             UserError: the subject has no such hook point.
         """
+        self.width(hook_point)
+        if self._fused is not None and self._fused.fits(hook_point, self._probe):
+            return self._fused.residual(tokens.to(self.device), hook_point)
+        return self._through_bridge(tokens, hook_point)
+
+    def _probe(self, hook_point: str) -> tuple[Tensor, Tensor]:
+        tokens = torch.arange(16, device=self.device)[None] % int(self.bridge.cfg.d_vocab)
+        return tokens, self._through_bridge(tokens, hook_point)
+
+    def _through_bridge(self, tokens: Tensor, hook_point: str) -> Tensor:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-        width = self.width(hook_point)
         point = self.bridge.hook_dict[hook_point]
 
         def stop(vectors: Tensor, hook: Any) -> Tensor:
@@ -115,7 +128,7 @@ class Subject:
                 vectors: Tensor = self.bridge(tokens.to(self.device), use_cache=False)
         finally:
             point.remove_hooks(dir="fwd", level=level)
-        return vectors.reshape(*tokens.shape, width)
+        return vectors.reshape(*tokens.shape, -1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the next-token logits, shape (context, position) → (context, position, vocabulary)."""
@@ -147,10 +160,10 @@ def load_subject(
     commit = None if folder else _commit(name_or_path, revision)
     if folder and not any(folder.glob("*.safetensors")):
         raise UserError(f"model folder {name_or_path!r} has no *.safetensors; save it with model.save_pretrained()")
-    tokenizer, bridge = _boot(source, name_or_path, device, dtype, revision)
+    tokenizer, bridge, fused = _boot(source, name_or_path, device, dtype, revision)
     require_finite(dict(bridge.original_model.named_parameters()), f"model {name_or_path!r}")
     content = _folder_digest(folder) if folder else digest("hub", name_or_path, commit or "")
-    subject = Subject(bridge, tokenizer, name_or_path, content, commit)
+    subject = Subject(bridge, tokenizer, name_or_path, content, commit, fused)
     return _finished(subject, processing)
 
 
@@ -173,11 +186,12 @@ def subject_from_model(model: Any, tokenizer: Any, name: str, *, processing: Seq
     )
     # As `boot_transformers` loads: the bridge's hooks see nothing of fused attention kernels.
     model.set_attn_implementation("eager")
+    fused = FusedForward(model)
     with _quiet():
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model.eval(), tokenizer=_for_bridge(tokenizer), device=device, dtype=parameter.dtype
         )
-    return _finished(Subject(bridge, tokenizer, name, content), processing)
+    return _finished(Subject(bridge, tokenizer, name, content, fused=fused), processing)
 
 
 def _check(device: str, dtype: str, processing: Sequence[str]) -> None:
@@ -228,20 +242,27 @@ def _not_loadable(name: str, error: Exception) -> UserError:
     return UserError(f"cannot load model {name!r}: {way_out} ({reason})")
 
 
-def _boot(source: str, name: str, device: str, dtype: str, revision: str | None) -> tuple[Any, Any]:
+def _boot(source: str, name: str, device: str, dtype: str, revision: str | None) -> tuple[Any, Any, FusedForward]:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer
+    from transformer_lens.model_bridge.sources import transformers as source_of
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            architecture = source_of.determine_architecture_from_hf_config(config)
+            model = source_of.get_hf_model_class_for_architecture(architecture).from_pretrained(
+                source, revision=revision, dtype=getattr(torch, dtype), attn_implementation="eager"
+            )
+            fused = FusedForward(model.to(device))
             bridge = TransformerBridge.boot_transformers(
-                source, device=device, dtype=getattr(torch, dtype), tokenizer=_for_bridge(tokenizer), revision=revision
+                source, hf_model=model, device=device, dtype=getattr(torch, dtype), tokenizer=_for_bridge(tokenizer)
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loadable(name, error) from error
     bridge.eval()
-    return tokenizer, bridge
+    return tokenizer, bridge, fused
 
 
 def _for_bridge(tokenizer: Any) -> Any:
@@ -283,6 +304,7 @@ def _finished(subject: Subject, processing: Sequence[str]) -> Subject:
         return subject
     with _quiet():
         subject.bridge.process_weights(**{name: name in processing for name in PROCESSING})
+    subject._fused = None  # It shares the weights as they were.
     subject.processing = tuple(name for name in PROCESSING if name in processing)
     subject.fingerprint = digest(subject.fingerprint, *subject.processing)
     return subject

@@ -232,3 +232,16 @@ def test_an_unknown_hook_point_names_the_nearest(words: Any) -> None:
         subject.width("blocks.1.hook_resid_pots")
     with pytest.raises(UserError, match="no hook point"):
         subject.residual(torch.zeros((1, 4), dtype=torch.long), "blocks.7.hook_resid_post")
+
+
+@pytest.mark.parametrize("point", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.hook_resid_pre"])
+def test_the_fused_way_is_taken_and_equals_the_bridge(words: Any, point: str) -> None:
+    subject = subject_from_model(gpt2(words), words, "tiny")
+    tokens = torch.arange(40).reshape(2, 20) % 40
+    assert subject._fused is not None and subject._fused.fits(point, subject._probe)
+    assert (subject.residual(tokens, point) - subject._through_bridge(tokens, point)).abs().max() < 1e-4
+
+
+def test_a_loaded_model_takes_the_fused_way(stories: Subject) -> None:
+    assert stories._fused is not None and stories._fused.fits("blocks.2.hook_resid_post", stories._probe)
+    assert not stories._fused.fits("blocks.2.mlp.hook_out", stories._probe)
