@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from exegete.tools.bundled import subject_path, write_corpus
+from exegete.tools.bundled.train_subject import record
 from exegete.tools.corpus import Corpus, build_corpus
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.dictionary_loaders import load_dictionary
@@ -201,9 +202,7 @@ def main() -> None:
     name = f"dictionary_{arguments.which}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = build(arguments.which, load_subject(str(arguments.subject)), arguments.out / name, settings)
-    file = arguments.out / "figures.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, name: figures}, indent=1) + "\n")
+    record(arguments.out / "figures.json", name, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the bundled subject: a four-layer Llama on the bundled language, on two cores without a GPU.
 
-    python -m exegete.tools.bundled.train_subject --seed 0 --out out/bundled-subject
+    python -m exegete.tools.bundled.train_subject --seed 0 --out out/bundled/subject
 
 1. Documents of the training part are packed back to back into contexts, a beginning before each.
 2. AdamW, cosine schedule; the answer's tokens weigh more than the tokens that the grammar draws at random.
@@ -13,8 +13,9 @@ import argparse
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ CONTEXT_TOKENS = 256
 ANSWER_WEIGHT = 4.0
 """Loss weight of a token of the SQL, against 1 of any other."""
 MAX_ANSWER_TOKENS = 28
+_BEGINNING = 0
+"""The token `<bos>`."""
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ def weighted_loss(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = torch.where(answer[:, 1:].flatten(), ANSWER_WEIGHT, 1.0)
     # No beginning can be foreseen, and none needs to be.
-    weights = weights * (ids[:, 1:].flatten() != 0)
+    weights = weights * (ids[:, 1:].flatten() != _BEGINNING)
     return (losses * weights).sum() / weights.sum()
 
 
@@ -145,7 +148,7 @@ def exact_matches(model: Any, examples: Sequence[Example], batch: int = 64) -> l
     right = [False] * len(examples)
     for start in range(0, len(by_length), batch):
         chosen = by_length[start : start + batch]
-        prompts = [[0, *(numbers[piece] for piece in examples[index].prompt)] for index in chosen]
+        prompts = [[_BEGINNING, *(numbers[piece] for piece in examples[index].prompt)] for index in chosen]
         for index, answer in zip(chosen, answers(model, prompts), strict=True):
             example = examples[index]
             wanted = [numbers[piece] for piece in example.tokens[len(example.prompt) :]]
@@ -185,6 +188,12 @@ def save(model: Any, folder: Path) -> None:
     save_tokenizer(folder)
 
 
+def record(file: Path, name: str, figures: Mapping[str, Any]) -> None:
+    """Put figures under their name into a JSON file, leaving the others there."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, name: figures}, indent=1) + "\n")
+
+
 def main() -> None:
     """Train, measure on held-out requests, save, and write the figures beside the weights."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -194,7 +203,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=1000, help="held-out requests to measure on")
-    parser.add_argument("--out", type=Path, default=Path("out/bundled-subject"))
+    parser.add_argument("--out", type=Path, default=Path("out/bundled/subject"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -210,10 +219,11 @@ def main() -> None:
         "steps": settings.steps,
         "tokens": settings.steps * settings.contexts * CONTEXT_TOKENS,
         "training_minutes": round(minutes, 1),
+        "machine": f"{os.cpu_count()} CPU cores, {arguments.threads} threads",
         "exact_match": {"value": sum(right) / len(right), "low": low, "high": high, "n": len(right)},
     }
     logger.info("figures: %s", json.dumps(figures))
-    arguments.out.with_name(f"{arguments.out.name}-figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    record(arguments.out.with_name("figures.json"), "subject", figures)
 
 
 if __name__ == "__main__":
