@@ -93,6 +93,7 @@ def train(x: Tensor, settings: Settings, out: Path) -> None:
     batches = _batches(x, derive_seed(settings.seed, "bundled dictionary", "batches"))
     SAETrainer(trainer, sae, batches).fit()
     sae.save_inference_model(out)
+    (out / "sae_weights.safetensors").chmod(0o644)
 
 
 def _batches(x: Tensor, seed: int) -> Iterator[Tensor]:
