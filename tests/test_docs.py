@@ -9,6 +9,8 @@ import pytest
 
 from exegete.agent.cli import app, evidence_app
 from exegete.agent.reference import reference
+from exegete.agent.sql import run_sql
+from exegete.tools.store import Store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,8 +36,14 @@ def test_the_readme_shows_the_evidence_commands() -> None:
         assert f"exegete evidence {command.name}" in README
 
 
-def test_the_readme_has_five_queries() -> None:
-    assert len(re.findall(r'exegete sql .*?"SELECT', README, flags=re.DOTALL)) >= 5
+def test_the_readmes_five_queries_run(tmp_path: Path) -> None:
+    queries = re.findall(r'exegete sql --store \S+ "(SELECT .*?)"\n', README)
+    assert len(queries) >= 5
+    store = Store.create_or_open(tmp_path / "store")
+    with store.writer() as writer:
+        writer.publish()
+    for query in queries:
+        run_sql(store.folder, query)
 
 
 def test_every_file_that_the_readme_links_is_there() -> None:
