@@ -182,7 +182,7 @@ def _verify(stream: EventStream, candidates: Negatives, watch: Callable[[int], C
     starts = run_starts(owner)
     step = watch(len(starts))
     silent = np.zeros(len(owner), bool)
-    for low, high in zip(starts, np.append(starts[1:], len(owner)), strict=True):
+    for low, high in zip(starts, np.append(starts, len(owner))[1:], strict=True):
         micro_batch = int(owner[low])
         (events,) = stream.over(micro_batch, micro_batch + 1, 1)
         fired = events.latents * (1 << 40) + events.windows
