@@ -211,7 +211,8 @@ def main() -> None:
     try:
         app()
     except ExegeteError as error:
-        sys.stderr.write(f"exegete: {error}\n")
+        # One line, whatever a library's message that it quotes looks like.
+        sys.stderr.write(f"exegete: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(2) from None
     except BrokenPipeError:
         raise SystemExit(141) from None

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exegete.agent.config import RunConfig
 from exegete.agent.progress import Progress
+from exegete.tools.corpus_readers import require_source
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import digest
@@ -30,8 +32,39 @@ class Interrupted(Exception):
     """The run was asked to stop; what is finished is kept, and the same command goes on from there."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the evidence is made from, loaded."""
+
+    subject: Subject
+    dictionary: Dictionary
+
+
+def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
+    """Load subject and dictionary, and look whether the corpus is there; None where none of the three is configured.
+
+    Raises:
+        UserError: one of them is missing, unfit or damaged. Nothing has been written then.
+    """
+    missing = [name for name in ("subject", "dictionary", "corpus") if getattr(config, name) is None]
+    if len(missing) == 3:
+        return None
+    if config.subject is None or config.dictionary is None or config.corpus is None:
+        raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")
+    if config.corpus.source != BUNDLED:
+        require_source(config.corpus.source)
+    progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
+    subject = _subject(config)
+    return Inputs(subject, _dictionary(config, subject))
+
+
 def gather_evidence(
-    config: RunConfig, store: Store, writer: Writer, progress: Progress, stop: Callable[[], bool]
+    config: RunConfig,
+    inputs: Inputs | None,
+    store: Store,
+    writer: Writer,
+    progress: Progress,
+    stop: Callable[[], bool],
 ) -> list[Evidence]:
     """Return the evidence that the run is to label: of the configured dictionary, else all that the store holds.
 
@@ -40,19 +73,13 @@ def gather_evidence(
             from another corpus or other settings.
         Interrupted: `stop` answered True during the pass.
     """
-    if config.subject is None or config.dictionary is None or config.corpus is None:
-        return _evidence_in_store(config, store)
-    progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
-    subject = _subject(config)
-    dictionary = _dictionary(config, subject)
-    corpus = _corpus(config, store, subject, progress)
-    return [_pass(config, store, writer, progress, stop, subject, dictionary, corpus)]
+    if inputs is None:
+        return _evidence_in_store(store)
+    corpus = _corpus(config, store, inputs.subject, progress)
+    return [_pass(config, inputs, corpus, store, writer, progress, stop)]
 
 
-def _evidence_in_store(config: RunConfig, store: Store) -> list[Evidence]:
-    missing = [name for name in ("subject", "dictionary", "corpus") if getattr(config, name) is None]
-    if len(missing) < 3:
-        raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")
+def _evidence_in_store(store: Store) -> list[Evidence]:
     found = [Evidence.open(marker.parent) for marker in sorted(store.folder.glob("evidence/*/evidence.json"))]
     if not found:
         raise UserError(
@@ -72,9 +99,12 @@ def _subject(config: RunConfig) -> Subject:
         from exegete.tools import bundled
 
         name = str(bundled.subject_path())
-    return load_subject(
+    subject = load_subject(
         name, device=wanted.device, dtype=wanted.dtype, revision=wanted.revision, processing=wanted.processing
     )
+    # The bundled subject is known by its name, wherever the package is installed.
+    subject.name = wanted.name
+    return subject
 
 
 def _dictionary(config: RunConfig, subject: Subject) -> Dictionary:
@@ -130,17 +160,17 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 def _pass(
     config: RunConfig,
+    inputs: Inputs,
+    corpus: Corpus,
     store: Store,
     writer: Writer,
     progress: Progress,
     stop: Callable[[], bool],
-    subject: Subject,
-    dictionary: Dictionary,
-    corpus: Corpus,
 ) -> Evidence:
     from exegete.tools.activations import run_pass
     from exegete.tools.merging import merge
 
+    subject, dictionary = inputs.subject, inputs.dictionary
     settings = config.evidence.settings(config.seed)
     folder = store.evidence_folder(dictionary.fingerprint)
     working = store.passes / digest(dictionary.fingerprint, corpus.fingerprint, repr(settings.identity()))[7:23]

@@ -202,6 +202,18 @@ class Source:
             return text
 
 
+def require_source(spec: str) -> None:
+    """Look whether the corpus is there, without reading it; what is on the hub is not asked for.
+
+    Raises:
+        UserError: it is missing, or of an unknown kind.
+    """
+    if not spec.startswith("hf:"):
+        path = _existing(spec)
+        if not (path.is_dir() and _is_saved_dataset(path)):
+            _files(path)
+
+
 def _existing(spec: str) -> Path:
     path = Path(spec).expanduser()
     if not path.exists():

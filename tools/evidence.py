@@ -250,7 +250,8 @@ class Evidence:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"evidence in {str(self.folder)!r} is damaged ({error}); remove that folder and resume")
+        first = str(error).splitlines()[0]
+        return UserError(f"evidence in {str(self.folder)!r} is damaged ({first}); remove that folder and resume")
 
 
 def restrict(evidence: LatentEvidence, purpose: Purpose) -> LatentEvidence:

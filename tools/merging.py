@@ -13,6 +13,7 @@ Everything depends on the parts alone, not on how many there were, and the folde
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def merge(
             dictionary in `evidence_folder`; or the disk is full.
     """
     if (evidence_folder / "evidence.json").exists():
-        return _same(Evidence.open(evidence_folder), dictionary, corpus, settings)
+        return _same(Evidence.open(evidence_folder), subject, dictionary, corpus, settings)
     manifest = read_manifest(folder)
     if manifest["dictionary"] != dictionary.fingerprint or manifest["corpus"] != corpus.fingerprint:
         raise UserError(
@@ -87,15 +88,39 @@ def merge(
     return Evidence.open(evidence_folder)
 
 
-def _same(evidence: Evidence, dictionary: Dictionary, corpus: Corpus, settings: PassSettings) -> Evidence:
-    wanted = {"dictionary": dictionary.fingerprint, "corpus": corpus.fingerprint, "seed": settings.seed}
+def _same(
+    evidence: Evidence, subject: Subject, dictionary: Dictionary, corpus: Corpus, settings: PassSettings
+) -> Evidence:
+    held = evidence.provenance
+    wanted = {
+        "dictionary": dictionary.fingerprint,
+        "subject": subject.fingerprint,
+        "corpus": corpus.fingerprint,
+        "seed": settings.seed,
+    }
     for key, value in wanted.items():
-        if evidence.provenance.get(key) != value:
+        if held.get(key) != value:
             raise UserError(
-                f"{str(evidence.folder)!r} holds evidence of another {key} ({evidence.provenance.get(key)!r}); "
-                "name another store"
+                f"{str(evidence.folder)!r} holds evidence of another {key} ({held.get(key)!r}); name another store"
+            )
+    # The micro-batch follows the device, and evidence that a GPU made may be labeled where there is none.
+    was, now = (
+        {k: v for k, v in _flat(s).items() if k != "micro_batch"} for s in (held["settings"], settings.identity())
+    )
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            raise UserError(
+                f"{str(evidence.folder)!r} holds evidence made with other settings ({key} was {was.get(key)}, now "
+                f"{now.get(key)}); set it back or name another store"
             )
     return evidence
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without their nesting, as JSON gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    counts: dict[str, Any] = plain.pop("counts")
+    return plain | counts
 
 
 def _provenance(manifest: dict[str, Any], corpus: Corpus, settings: PassSettings) -> dict[str, Any]:
