@@ -93,6 +93,8 @@ class LabelConfig(Section):
     """Label only this many latents, drawn by the seed; all where it is left out."""
     concurrency: int = Field(default=64, ge=1)
     """Latents in flight at once. Does not change the result."""
+    batch: int = Field(default=250, ge=1)
+    """Latents written in one transaction; a crash costs at most these, or five seconds of them. Does not change the result."""
     floors: int = Field(default=100, ge=0)
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
 

@@ -1,7 +1,7 @@
 """The run engine: thousands of latents in flight, results written in batches, nothing acknowledged ever lost.
 
 1. Evidence is read in ranges of latents; a latent enters the graph as soon as there is room (`concurrency`).
-2. Finished records gather; every 250 of them, or every five seconds, go to the store in one transaction.
+2. Finished records gather; every `batch` of them, or every five seconds, go to the store in one transaction.
 3. When asked to stop, no latent enters any more; those in flight finish and are written (drain).
 A latent whose graph raises is recorded as `failed` with its error: one bad latent does not end a night's run. Twenty in a
 row do: then it is not the latent.
@@ -21,7 +21,6 @@ from exegete.tools.store import LatentRecord
 from exegete.tools.windows import LatentEvidence
 
 READ_LATENTS = 128
-WRITE_RECORDS = 250
 WRITE_EVERY_S = 5.0
 FAILURES_IN_A_ROW = 20
 
@@ -40,14 +39,13 @@ def evidence_in_ranges(evidence: Evidence, latents: Sequence[int]) -> Iterator[L
 
 
 async def label_latents(
-    source: Iterable[LatentEvidence], graph: Any, bench: Workbench, concurrency: int, write: Write, stop: Stop
+    source: Iterable[LatentEvidence], graph: Any, bench: Workbench, concurrency: int, batch: Batch, stop: Stop
 ) -> bool:
-    """Send every latent of `source` through `graph` and write its record; return whether all of them were taken.
+    """Send every latent of `source` through `graph` and its record to `batch`; return whether all of them were taken.
 
-    `write` gets batches of records; `stop` is asked before each latent enters.
+    `stop` is asked before each latent enters.
     """
     pending: set[asyncio.Task[LatentRecord]] = set()
-    batch = Batch(write)
     complete = True
     for own in source:
         if stop():
@@ -83,9 +81,10 @@ async def _label(own: LatentEvidence, graph: Any, bench: Workbench) -> LatentRec
 class Batch:
     """Gathers records and writes them when there are enough or the last writing is long ago."""
 
-    def __init__(self, write: Write) -> None:
-        """Hand batches of records to `write`."""
+    def __init__(self, write: Write, size: int) -> None:
+        """Hand batches of at least `size` records to `write`."""
         self._write = write
+        self._size = size
         self._records: list[LatentRecord] = []
         self._written_at = time.monotonic()
         self._failures = 0
@@ -97,7 +96,7 @@ class Batch:
             self._records.append(record)
             if self._failures >= FAILURES_IN_A_ROW:
                 raise RuntimeError(f"{self._failures} latents in a row failed, the last one with {record.detail}")
-        if len(self._records) >= WRITE_RECORDS or time.monotonic() - self._written_at > WRITE_EVERY_S:
+        if len(self._records) >= self._size or time.monotonic() - self._written_at > WRITE_EVERY_S:
             self.flush()
 
     def flush(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from exegete.agent.engine import Batch, Stop, Write
+from exegete.agent.engine import Batch, Stop
 from exegete.agent.graph import Workbench
 from exegete.evaluators.baselines import (
     CONSTANT,
@@ -57,11 +57,11 @@ async def score_all_floors(
     floors: Floors,
     explanations: Mapping[int, Explanation],
     bench: Workbench,
-    write: Write,
+    batch: Batch,
     stop: Stop,
 ) -> bool:
-    """Score the floors of every latent of `source` and write them; return whether all of them were taken."""
-    batch, complete = Batch(write), True
+    """Score the floors of every latent of `source` and hand them to `batch`; return whether all of them were taken."""
+    complete = True
     for own in source:
         if stop():
             complete = False

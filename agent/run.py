@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any
 
 from exegete.agent.config import RunConfig
-from exegete.agent.engine import Stop, Write, evidence_in_ranges, label_latents
+from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
-from exegete.agent.gathering import Interrupted, gather_evidence
+from exegete.agent.gathering import Interrupted, gather_evidence, load_inputs
 from exegete.agent.graph import Workbench, label_graph
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
@@ -59,14 +59,18 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
         UserError: something in the configuration, the inputs or the store is wrong; nothing was damaged.
     """
     progress = progress or default_progress()
-    store = Store.create_or_open(Path(config.store))
+    folder = Path(config.store)
+    if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
+        Store.create_or_open(folder)  # before a store is made.
+    inputs = load_inputs(config, progress)
+    store = Store.create_or_open(folder)
     figures: dict[str, Any] = {}
     with store.writer() as writer, _stop_on_interrupt(progress) as stop:
         try:
-            for evidence in gather_evidence(config, store, writer, progress, stop):
+            for evidence in gather_evidence(config, inputs, store, writer, progress, stop):
                 figures[evidence.dictionary] = _label_dictionary(config, evidence, writer, progress, stop)
         except Interrupted:
-            progress.say(f"stopped; what is finished is kept. Go on with: exegete resume --store {config.store}")
+            progress.say("stopped; what is finished is kept, and the same command goes on from here")
             return Outcome(store.folder, False, figures)
         finally:
             writer.publish()
@@ -97,9 +101,9 @@ def _label_dictionary(
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return what the results depend on: the configuration without store, concurrency, slices and batch."""
+    """Return what the results depend on: the configuration without store, concurrency, slices and batches."""
     return config.model_dump(
-        mode="json", exclude={"store": True, "label": {"concurrency"}, "evidence": {"slices", "batch"}}
+        mode="json", exclude={"store": True, "label": {"concurrency", "batch"}, "evidence": {"slices", "batch"}}
     )
 
 
@@ -150,8 +154,9 @@ def _label(
     missing = [latent for latent in latents if latent not in done]
     with progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
         write = _publishing(writer, lambda records: writer.record(run_id, records), advance)
+        batch = Batch(write, config.label.batch)
         source = evidence_in_ranges(evidence, missing)
-        complete = asyncio.run(label_latents(source, label_graph(bench), bench, config.label.concurrency, write, stop))
+        complete = asyncio.run(label_latents(source, label_graph(bench), bench, config.label.concurrency, batch, stop))
     if not complete:
         raise Interrupted
 
@@ -174,8 +179,9 @@ def _floors(
     missing = [latent for latent in floors.subset if latent not in done]
     with progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
         write = _publishing(writer, lambda records: writer.record(run_id, records, floors=True), advance)
+        batch = Batch(write, config.label.batch)
         source = evidence_in_ranges(evidence, missing)
-        complete = asyncio.run(score_all_floors(source, explained, floors, explanations, bench, write, stop))
+        complete = asyncio.run(score_all_floors(source, explained, floors, explanations, bench, batch, stop))
     if not complete:
         raise Interrupted
 
