@@ -93,7 +93,8 @@ def _views() -> Iterator[str]:
             ).fetchall()
             for view, comment in views:
                 columns = connection.execute(
-                    "SELECT column_name, data_type, comment FROM duckdb_columns() WHERE table_name = ? AND schema_name = 'main' ORDER BY column_index",
+                    "SELECT column_name, data_type, comment FROM duckdb_columns()"
+                    " WHERE table_name = ? AND schema_name = 'main' ORDER BY column_index",
                     [view],
                 ).fetchall()
                 yield from ("", f"### `{view}`", "", f"{comment}", "")
