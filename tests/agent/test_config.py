@@ -11,7 +11,9 @@ from exegete.tools.errors import UserError
 def test_file_then_assignments_then_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('seed = 3\n[label]\nlimit = 10\nexplainer = "token_list"\n')
-    config = load_config(file, ["label.limit=20", "corpus.source=text.txt"], {"label.explainer": "lexical", "store": None})
+    config = load_config(
+        file, ["label.limit=20", "corpus.source=text.txt"], {"label.explainer": "lexical", "store": None}
+    )
     assert (config.seed, config.label.limit, config.label.explainer) == (3, 20, "lexical")
     assert config.corpus is not None and config.corpus.source == "text.txt"
     assert config.store == RunConfig().store

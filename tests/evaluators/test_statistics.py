@@ -44,7 +44,10 @@ def test_design_effect_of_identical_answers_in_a_prompt_grows_to_the_prompt_size
 
 def test_design_effect_of_independent_answers_is_near_one() -> None:
     rng = np.random.default_rng(0)
-    effects = [s.design_effect((rng.random(200) < 0.8).astype(np.float64) - 0.8, np.repeat(np.arange(40), 5)) for _ in range(200)]
+    effects = [
+        s.design_effect((rng.random(200) < 0.8).astype(np.float64) - 0.8, np.repeat(np.arange(40), 5))
+        for _ in range(200)
+    ]
     assert 1.0 <= np.mean(effects) < 1.2
 
 
