@@ -95,6 +95,8 @@ class LabelConfig(Section):
     """Latents in flight at once. Does not change the result."""
     batch: int = Field(default=250, ge=1)
     """Latents written in one transaction; a crash costs at most these, or five seconds of them. Does not change the result."""
+    publish_seconds: float = Field(default=120.0, gt=0)
+    """Readers see new results so often. Does not change the result."""
     floors: int = Field(default=100, ge=0)
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
 

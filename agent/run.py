@@ -38,8 +38,6 @@ from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord, Store, Writer
 from exegete.tools.store.results import RunResults
 
-PUBLISH_EVERY_S = 120.0
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -83,6 +81,7 @@ def _label_dictionary(
     run_id = writer.begin_run(
         config=identity(config), seed=config.seed, code_version=_code_version(), dictionary=evidence.dictionary
     )
+    writer.publish()  # From now on `status` and `resume` know the run, however it ends.
     latents = _chosen(config, evidence)
     bench = _workbench(config, evidence, latents)
     try:
@@ -101,9 +100,10 @@ def _label_dictionary(
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return what the results depend on: the configuration without store, concurrency, slices and batches."""
+    """Return what the results depend on: the configuration without store, concurrency, slices, batches and publishing."""
     return config.model_dump(
-        mode="json", exclude={"store": True, "label": {"concurrency", "batch"}, "evidence": {"slices", "batch"}}
+        mode="json",
+        exclude={"store": True, "label": {"concurrency", "batch", "publish_seconds"}, "evidence": {"slices", "batch"}},
     )
 
 
@@ -153,7 +153,7 @@ def _label(
     done = set(writer.labeled(run_id, evidence.dictionary).tolist())
     missing = [latent for latent in latents if latent not in done]
     with progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
-        write = _publishing(writer, lambda records: writer.record(run_id, records), advance)
+        write = _publishing(config, writer, lambda records: writer.record(run_id, records), advance)
         batch = Batch(write, config.label.batch)
         source = evidence_in_ranges(evidence, missing)
         complete = asyncio.run(label_latents(source, label_graph(bench), bench, config.label.concurrency, batch, stop))
@@ -178,7 +178,7 @@ def _floors(
     explanations = results.explanations([explained[latent] for latent in sorted(floors.lenders)])
     missing = [latent for latent in floors.subset if latent not in done]
     with progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
-        write = _publishing(writer, lambda records: writer.record(run_id, records, floors=True), advance)
+        write = _publishing(config, writer, lambda records: writer.record(run_id, records, floors=True), advance)
         batch = Batch(write, config.label.batch)
         source = evidence_in_ranges(evidence, missing)
         complete = asyncio.run(score_all_floors(source, explained, floors, explanations, bench, batch, stop))
@@ -197,15 +197,15 @@ def _types(results: RunResults) -> dict[int, str]:
     return input_types(scores, floors)
 
 
-def _publishing(writer: Writer, record: Write, advance: Callable[[int], None]) -> Write:
-    """Return a function that writes records, advances the progress, and republishes every two minutes."""
+def _publishing(config: RunConfig, writer: Writer, record: Write, advance: Callable[[int], None]) -> Write:
+    """Return a function that writes records, advances the progress, and republishes every `label.publish_seconds`."""
     published_at = time.monotonic()
 
     def write(records: Sequence[LatentRecord]) -> None:
         nonlocal published_at
         record(records)
         advance(len(records))
-        if time.monotonic() - published_at > PUBLISH_EVERY_S:
+        if time.monotonic() - published_at > config.label.publish_seconds:
             writer.publish()
             published_at = time.monotonic()
 
