@@ -78,11 +78,12 @@ WITH balanced AS (
     SELECT * FROM own QUALIFY row_number() OVER (
         PARTITION BY dictionary, latent ORDER BY mean_score DESC NULLS LAST, explanation_id, run) = 1
 ), floors AS (
+-- In the order of the values: a sum in another order differs in its last bits from query to query.
     SELECT run, dictionary,
-           avg(value) FILTER (evaluator = 'detection' AND baseline = 'shuffled') AS detection_shuffled,
-           avg(value) FILTER (evaluator = 'detection' AND baseline = 'constant') AS detection_constant,
-           avg(value) FILTER (evaluator = 'fuzzing' AND baseline = 'shuffled') AS fuzzing_shuffled,
-           avg(value) FILTER (evaluator = 'fuzzing' AND baseline = 'constant') AS fuzzing_constant
+           avg(value ORDER BY value) FILTER (evaluator = 'detection' AND baseline = 'shuffled') AS detection_shuffled,
+           avg(value ORDER BY value) FILTER (evaluator = 'detection' AND baseline = 'constant') AS detection_constant,
+           avg(value ORDER BY value) FILTER (evaluator = 'fuzzing' AND baseline = 'shuffled') AS fuzzing_shuffled,
+           avg(value ORDER BY value) FILTER (evaluator = 'fuzzing' AND baseline = 'constant') AS fuzzing_constant
     FROM balanced GROUP BY ALL
 )
 SELECT b.dictionary, b.latent, b.explanation_id, e.text, e.predicate, e.explainer, e.model, b.mean_score,
