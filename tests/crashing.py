@@ -54,13 +54,15 @@ def _command(arguments: list[str], log: Path) -> None:
     main()
 
 
-def tables(store: Path) -> dict[str, list[Any]]:
-    """Return every row of the views, and what of a run does not depend on the time."""
+def tables(store: Path, views: Sequence[str] = VIEWS) -> dict[str, list[Any]]:
+    """Return every row of `views`, and what of a run does not depend on the time."""
     import exegete as package
 
     with package.connect(store) as connection:
-        found = {view: connection.execute(f"SELECT * FROM {view} ORDER BY ALL").fetchall() for view in VIEWS}
-        found["runs"] = connection.execute("SELECT run, status, seed, config, figures FROM runs ORDER BY run").fetchall()
+        found = {view: connection.execute(f"SELECT * FROM {view} ORDER BY ALL").fetchall() for view in views}
+        found["runs"] = connection.execute(
+            "SELECT run, status, seed, config, figures FROM runs ORDER BY run"
+        ).fetchall()
     return found
 
 
