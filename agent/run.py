@@ -60,6 +60,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
     folder = Path(config.store)
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.
+    _require_known_names(config)
     inputs = load_inputs(config, progress)
     store = Store.create_or_open(folder)
     figures: dict[str, Any] = {}
@@ -124,6 +125,15 @@ def _workbench(config: RunConfig, evidence: Evidence, latents: Sequence[int]) ->
         evaluators=[make_evaluator(name) for name in config.label.evaluators],
         seed=config.seed,
     )
+
+
+def _require_known_names(config: RunConfig) -> None:
+    """Raise UserError where nothing has the name of the explainer, the judge or an evaluator: after hours it is too late."""
+    make_judge(config.label.judge)
+    for name in config.label.evaluators:
+        make_evaluator(name)
+    if config.label.explainer != "lexical":  # It is made once there is evidence.
+        make_explainer(config.label.explainer)
 
 
 def _explainer(config: RunConfig, evidence: Evidence, latents: Sequence[int]) -> Explainer:

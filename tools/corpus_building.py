@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exegete.tools.arrays import new_array
 from exegete.tools.corpus_readers import Source
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import derive_seed
@@ -233,7 +234,8 @@ def _mapped(path: Path, dtype: Any) -> NDArray[Any]:
 
 
 def _array(folder: Path, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    array: np.memmap[Any, Any] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+    array = new_array(folder / f"{name}.npy", dtype, shape)
+    assert isinstance(array, np.memmap)  # A corpus is never empty: `_require_documents`.
     return array
 
 

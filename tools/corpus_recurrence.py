@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exegete.tools.arrays import new_array
 from exegete.tools.windows import WINDOW_TOKENS
 
 _BATCH_CONTEXTS = 8_192
@@ -27,7 +28,7 @@ def find_usable_windows(folder: Path, special_tokens: frozenset[int]) -> dict[st
     lengths: NDArray[Any] = np.load(folder / "lengths.npy", mmap_mode="r")
     splits: NDArray[Any] = np.load(folder / "splits.npy", mmap_mode="r")
     contexts, windows = len(tokens), tokens.shape[1] // WINDOW_TOKENS
-    usable: Any = np.lib.format.open_memmap(folder / "usable.npy", "w+", np.bool_, (contexts, windows))
+    usable: Any = new_array(folder / "usable.npy", np.bool_, (contexts, windows))
     parts = _HashFiles(folder / "hashes", max(1, -(-contexts * windows // _WINDOWS_A_FILE)))
     special = sorted(special_tokens)
     for start in range(0, contexts, _BATCH_CONTEXTS):

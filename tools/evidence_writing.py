@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exegete.tools.arrays import new_array
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import ITEMS, LATENTS, VOCABULARY, WINDOWS
 
@@ -117,15 +118,15 @@ def _write_arrays(folder: Path) -> None:
     """Copy windows.parquet into the memory-mapped arrays, one row group at a time."""
     source = pq.ParquetFile(folder / "windows.parquet", memory_map=True)
     rows = source.metadata.num_rows
-    ids = _new_array(folder / "window_ids.npy", np.int64, rows)
-    offsets = _new_array(folder / "window_offsets.npy", np.int64, rows + 1)
+    ids = new_array(folder / "window_ids.npy", np.int64, (rows,))
+    offsets = new_array(folder / "window_offsets.npy", np.int64, (rows + 1,))
     at = 0
     for batch in source.iter_batches(columns=["window", "tokens"]):
         ids[at : at + batch.num_rows] = batch.column(0).to_numpy()
         lengths = batch.column(1).value_lengths().to_numpy(zero_copy_only=False)
         offsets[at + 1 : at + 1 + batch.num_rows] = offsets[at] + np.cumsum(lengths)
         at += batch.num_rows
-    tokens = _new_array(folder / "window_tokens.npy", np.int32, int(offsets[rows]))
+    tokens = new_array(folder / "window_tokens.npy", np.int32, (int(offsets[rows]),))
     at = 0
     for batch in source.iter_batches(columns=["tokens"]):
         flat = batch.column(0).flatten().to_numpy()
@@ -133,13 +134,6 @@ def _write_arrays(folder: Path) -> None:
         at += len(flat)
     for name in ("window_ids", "window_offsets", "window_tokens"):
         _sync(folder / f"{name}.npy")
-
-
-def _new_array(path: Path, dtype: type[np.generic], length: int) -> np.ndarray[Any, Any]:
-    if not length:
-        np.save(path, np.zeros(0, dtype))
-        return np.zeros(0, dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
 
 
 def _tables(rows: Batches) -> Iterator[pa.Table]:
