@@ -110,7 +110,8 @@ def choose_dictionary(connection: duckdb.DuckDBPyConnection, wanted: str | None)
         "SELECT dictionary, name FROM dictionaries ORDER BY name, dictionary"
     ).fetchall()
     if not known:
-        raise UserError("the store holds no dictionary yet; run `exegete label` or `exegete evidence import`")
+        [(store,)] = connection.execute("SELECT store FROM data.snapshot").fetchall()
+        raise UserError(f"the store {store!r} holds no dictionary yet; run `exegete label` or `exegete evidence import`")
     fitting = known
     if wanted is not None:
         start = wanted.removeprefix("sha256:")

@@ -16,7 +16,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
 from exegete.evaluators import make_evaluator, make_judge
 from exegete.evaluators.typing import Scored, input_types
+from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.explainers import make_explainer
 from exegete.tools.explainers.contract import Explainer
@@ -70,9 +71,13 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
                 figures[evidence.dictionary] = _label_dictionary(config, evidence, writer, progress, stop)
         except Interrupted:
             progress.say("stopped; what is finished is kept, and the same command goes on from here")
-            return Outcome(store.folder, False, figures)
-        finally:
             writer.publish()
+            return Outcome(store.folder, False, figures)
+        except BaseException:
+            with suppress(UserError):  # Where publishing fails as well, what failed first is what there is to say.
+                writer.publish()
+            raise
+        writer.publish()
     return Outcome(store.folder, True, figures)
 
 
@@ -89,7 +94,8 @@ def _label_dictionary(
         _label(config, evidence, latents, bench, run_id, writer, progress, stop)
         _floors(config, evidence, bench, run_id, writer, progress, stop)
     except BaseException:
-        writer.finish_run(run_id, "interrupted")
+        with suppress(UserError):  # As above; a run that is still marked as running is resumed all the same.
+            writer.finish_run(run_id, "interrupted")
         raise
     results = writer.results(run_id, evidence.dictionary)
     statuses = evidence.statuses

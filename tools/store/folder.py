@@ -13,13 +13,14 @@ from pathlib import Path
 import duckdb
 
 from exegete.tools.errors import UserError
-from exegete.tools.store.parts import remove_orphans, sync_folder
+from exegete.tools.store.parts import remove_orphans, sync_file, sync_folder
 from exegete.tools.store.publishing import discard
 from exegete.tools.store.schema import migrate
 from exegete.tools.store.writer import Writer, evidence_path
 
 FORMAT = 1
 _MARKER = "store.json"
+_DATABASE = "run.duckdb"
 _FOLDERS = ("evidence", "verdicts", "corpora", "passes")
 
 
@@ -128,11 +129,25 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _make_database(folder: Path, where: str) -> None:
+    """Make the database aside: one that a crash or a full disk left half made could never be opened again."""
+    temporary = folder / f".{_DATABASE}.making"
+    for path in (temporary, temporary.with_name(f"{temporary.name}.wal")):
+        path.unlink(missing_ok=True)
+    with duckdb.connect(str(temporary)) as connection:
+        migrate(connection, where)
+    sync_file(temporary)
+    temporary.rename(folder / _DATABASE)
+    sync_folder(folder)
+
+
 def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
     where = f"the store {str(folder)!r}"
     try:
-        connection = duckdb.connect(str(folder / "run.duckdb"))
-    except duckdb.Error as error:
+        if not (folder / _DATABASE).exists():
+            _make_database(folder, where)
+        connection = duckdb.connect(str(folder / _DATABASE))
+    except (duckdb.Error, OSError) as error:
         raise UserError(
             f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?"
         ) from error

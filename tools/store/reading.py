@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 
 from exegete.tools.errors import UserError
+from exegete.tools.store.folder import Store
 from exegete.tools.store.publishing import SNAPSHOT, statements_for
 from exegete.tools.store.schema import check_version
 
@@ -26,8 +27,7 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
     """
     folder = Path(store).resolve()
     snapshot = folder / SNAPSHOT
-    if not (folder / "store.json").exists():
-        raise UserError(f"{str(store)!r} is no store; make one with `exegete label --store {store}`")
+    Store.open(Path(store))
     if not snapshot.exists():
         raise UserError(f"nothing was published yet in the store {str(store)!r}; run `exegete label --store {store}`")
     connection = duckdb.connect(":memory:")

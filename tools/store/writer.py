@@ -145,11 +145,17 @@ class Writer:
         A reader never sees a part of it, and one that holds the former snapshot open keeps it.
 
         Raises:
-            UserError: the disk is full; the former snapshot stays.
+            UserError: the disk is full, or a file that the views read is damaged; the former snapshot stays.
         """
         with self._lock:
             try:
                 return publishing.publish(self._connection, self._folder)
+            except duckdb.InvalidInputException as error:
+                first = str(error).splitlines()[0]
+                raise UserError(
+                    f"a file in the store {str(self._folder)!r} is damaged ({first}); remove the folder of that evidence, "
+                    "or restore the part of verdicts, and resume"
+                ) from error
             except (OSError, duckdb.IOException, duckdb.FatalException) as error:
                 raise self._unwritten(error) from error
 
@@ -196,7 +202,7 @@ class Writer:
             try:
                 yield self._connection
                 self._connection.commit()
-            except (duckdb.IOException, duckdb.FatalException) as error:
+            except (duckdb.IOException, duckdb.FatalException, duckdb.TransactionException) as error:
                 self._roll_back()
                 raise self._unwritten(error) from error
             except BaseException:
