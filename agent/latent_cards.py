@@ -111,7 +111,9 @@ def choose_dictionary(connection: duckdb.DuckDBPyConnection, wanted: str | None)
     ).fetchall()
     if not known:
         [(store,)] = connection.execute("SELECT store FROM data.snapshot").fetchall()
-        raise UserError(f"the store {store!r} holds no dictionary yet; run `exegete label` or `exegete evidence import`")
+        raise UserError(
+            f"the store {store!r} holds no dictionary yet; run `exegete label` or `exegete evidence import`"
+        )
     fitting = known
     if wanted is not None:
         start = wanted.removeprefix("sha256:")
