@@ -268,14 +268,14 @@ class OpaqueDictionary:
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense code, shape (…, width) → (…, latent)."""
-        with torch.inference_mode():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return self.encoder(x.to(getattr(torch, self.dtype)))
 
     def decode(self, z: Tensor, given: Tensor | None = None) -> Tensor:
         """Return the reconstruction, shape (…, latent) → (…, width out)."""
         if self.conditioned and given is None:
             raise ValueError(f"dictionary {self.name!r} decodes relative to its input: pass it as `given`")
-        with torch.inference_mode():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and z.requires_grad):
             return self.decoder(z.to(getattr(torch, self.dtype)), given)
 
 

@@ -1,0 +1,152 @@
+"""Continuations of prompts under interventions, sampled with a key-value cache.
+
+One uniform number per step decides each token, drawn from the prompt's tokens and `Trial.draw` alone. So a continuation
+does not depend on its batch, and a clean and a steered run of one prompt use the same numbers: where the intervention
+changes nothing, so does the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exegete.tools.errors import UserError
+from exegete.tools.interventions import LatentEdit, Tokens
+from exegete.tools.live_model import Batch, LiveModel, Trial
+from exegete.tools.seeds import generator
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model wrote."""
+
+    tokens: Tokens
+    """Without the end token."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms of each token's probability under the model that wrote it, at temperature 1."""
+    ended: bool
+    """Whether it wrote the end token."""
+
+
+def generate(
+    model: LiveModel,
+    trials: Sequence[Trial],
+    tokens: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    cache: bool = True,
+) -> list[Continuation]:
+    """Continue every trial by up to `tokens` tokens, in the order of `trials`.
+
+    Args:
+        model: the live model.
+        trials: prompts with their interventions, which go on while the model writes (see `Positions`).
+        tokens: how many at most; a trial that reaches the subject's context ends there.
+        temperature: 0 takes the most probable token.
+        seed: of the sampling.
+        cache: keep keys and values; without, every step reads everything again (for comparison, and used by itself
+            for dictionaries whose code depends on the whole context).
+
+    Raises:
+        UserError: as `LiveModel.run`; or a prompt leaves no room, or `tokens` or `temperature` is out of range.
+    """
+    if tokens < 1 or not 0 <= temperature < float("inf"):
+        raise UserError(f"cannot generate {tokens} tokens at temperature {temperature}; give at least 1, at 0 or above")
+    model.check(trials)
+    room = model.subject.max_context
+    for trial in trials:
+        if len(trial.tokens) >= room:
+            raise UserError(f"the prompt has {len(trial.tokens)} tokens and leaves no room to write, of {room}")
+    results: dict[int, Continuation] = {}
+    order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
+    sampling = _Sampling(temperature, seed)
+    for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + tokens)):
+        batch = [trials[index] for index in chosen]
+        found = model.shrinking(batch, lambda part: _continue(model, part, tokens, sampling, cache))
+        results |= dict(zip(chosen, found, strict=True))
+    return [results[index] for index in range(len(trials))]
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    temperature: float
+    seed: int
+
+    def numbers(self, trial: Trial, count: int) -> np.ndarray:
+        return generator(self.seed, "generate", trial.draw, *trial.tokens).random(count)
+
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Return one token for each row of logits, shape (trial, vocabulary) → (trial,)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        below = uniform[:, None].to(cumulative) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, below, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _continue(
+    model: LiveModel, trials: list[Trial], count: int, sampling: _Sampling, cached: bool
+) -> list[Continuation]:
+    from transformers import DynamicCache
+
+    batch = model.pad(trials)
+    keeps = cached and not _conditioned(model, trials)
+    cache = DynamicCache(config=model.subject.bridge.original_model.config) if keeps else None
+    uniform = torch.from_numpy(np.stack([sampling.numbers(trial, count) for trial in trials])).to(batch.tokens.device)
+    writing = _Writing(model, batch)
+    with model.editing(batch) as editor, torch.inference_mode():
+        tokens, mask = batch.tokens, batch.mask
+        for step in range(count):
+            logits = model.logits(tokens, mask, last=True, cache=cache)
+            written = sampling.pick(logits, uniform[:, step])
+            writing.add(written, logits)
+            if writing.finished:
+                break
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            tokens = written[:, None] if cache is not None else torch.cat([tokens, written[:, None]], 1)
+            editor.offset = mask.shape[1] - 1 if cache is not None else 0
+    return writing.continuations()
+
+
+class _Writing:
+    """The continuations of one batch so far."""
+
+    def __init__(self, model: LiveModel, batch: Batch) -> None:
+        self._end = model.subject.tokenizer.eos_token_id
+        rooms = [model.subject.max_context - length for length in batch.lengths]
+        self._rooms = torch.tensor(rooms, device=batch.tokens.device)
+        self._tokens: list[Tensor] = []
+        self._logprobs: list[Tensor] = []
+        self._ended = torch.zeros(len(rooms), dtype=torch.bool, device=batch.tokens.device)
+
+    def add(self, written: Tensor, logits: Tensor) -> None:
+        self._tokens.append(written)
+        self._logprobs.append(logits.log_softmax(-1).gather(-1, written[:, None])[:, 0])
+        if self._end is not None:
+            self._ended |= written == self._end
+
+    @property
+    def finished(self) -> bool:
+        """Whether every continuation has ended or has no room left."""
+        return bool((self._ended | (self._rooms <= len(self._tokens))).all())
+
+    def continuations(self) -> list[Continuation]:
+        tokens = torch.stack(self._tokens, 1).tolist()
+        logprobs = torch.stack(self._logprobs, 1).tolist()
+        found = []
+        for row, room in enumerate(self._rooms.tolist()):
+            written = tokens[row][:room]
+            ended = self._end in written
+            length = written.index(self._end) if ended else len(written)
+            found.append(Continuation(tuple(written[:length]), tuple(logprobs[row][:length]), ended))
+        return found
+
+
+def _conditioned(model: LiveModel, trials: Sequence[Trial]) -> bool:
+    edits = [edit for trial in trials for edit in trial.intervention.edits if isinstance(edit, LatentEdit)]
+    return any(model.dictionary(edit.dictionary).conditioned for edit in edits)
