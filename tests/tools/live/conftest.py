@@ -1,0 +1,38 @@
+"""The bundled subject with a dictionary attached, shared by the tests of the instruments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exegete.tools.bundled import dictionary_path, subject_path
+from exegete.tools.bundled.grammar import generate
+from exegete.tools.dictionaries import Dictionary
+from exegete.tools.dictionary_loaders import load_dictionary
+from exegete.tools.interventions import Tokens
+from exegete.tools.live_model import LiveModel
+from exegete.tools.subject import Subject, load_subject
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    return load_subject(str(subject_path()))
+
+
+@pytest.fixture(scope="session")
+def dictionary(subject: Subject) -> Dictionary:
+    return load_dictionary(str(dictionary_path("tests")), subject)
+
+
+@pytest.fixture
+def model(subject: Subject, dictionary: Dictionary) -> LiveModel:
+    return LiveModel(subject, [dictionary])
+
+
+@pytest.fixture(scope="session")
+def prompts(subject: Subject) -> list[Tokens]:
+    """Twelve requests of different lengths, each cut somewhere in its SQL."""
+    torch.set_num_threads(2)
+    live = LiveModel(subject)
+    texts = [example.text for example in generate(11, 12, "held_out")]
+    return [live.tokens(text)[: -(1 + index % 5)] for index, text in enumerate(texts)]
