@@ -81,4 +81,15 @@ def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[
     """Return the statements that make the views over the tables behind `connection`, for a store in `folder`."""
     evidence = dict(connection.execute("SELECT dictionary, evidence FROM data.dictionaries").fetchall())
     parts = [part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()]
-    return view_statements(folder, evidence, parts)
+    return view_statements(folder, evidence, _sound_first(connection, folder, parts))
+
+
+def _sound_first(connection: duckdb.DuckDBPyConnection, folder: Path, parts: list[str]) -> list[str]:
+    """Return the parts, a readable one first: a view takes its columns from there, and a damaged part must not take it along."""
+    for index, part in enumerate(parts):
+        try:
+            connection.execute("SELECT 1 FROM parquet_schema(?)", [str(folder / "verdicts" / part)]).fetchall()
+        except duckdb.Error:
+            continue
+        return [part, *parts[:index], *parts[index + 1 :]]
+    return parts
