@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.config import RunConfig
+from exegete.agent.config import RunConfig, SubjectConfig
 from exegete.agent.progress import Progress
 from exegete.tools.corpus_readers import require_source
 from exegete.tools.errors import UserError
@@ -54,8 +54,8 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
     if config.corpus.source != BUNDLED:
         require_source(config.corpus.source)
     progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
-    subject = _subject(config)
-    return Inputs(subject, _dictionary(config, subject))
+    subject = open_subject(config.subject)
+    return Inputs(subject, open_dictionary(config.dictionary.path, subject))
 
 
 def gather_evidence(
@@ -89,11 +89,14 @@ def _evidence_in_store(store: Store) -> list[Evidence]:
     return found
 
 
-def _subject(config: RunConfig) -> Subject:
+def open_subject(wanted: SubjectConfig) -> Subject:
+    """Load the subject that a configuration names.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
     from exegete.tools.subject import load_subject
 
-    assert config.subject is not None
-    wanted = config.subject
     name = wanted.name
     if name == BUNDLED:
         from exegete.tools import bundled
@@ -107,12 +110,15 @@ def _subject(config: RunConfig) -> Subject:
     return subject
 
 
-def _dictionary(config: RunConfig, subject: Subject) -> Dictionary:
+def open_dictionary(path: str, subject: Subject) -> Dictionary:
+    """Load the dictionary that a configuration names.
+
+    Raises:
+        UserError: there is none, it does not fit the subject, or it is damaged.
+    """
     from exegete.tools import bundled
     from exegete.tools.dictionary_loaders import load_dictionary
 
-    assert config.dictionary is not None
-    path = config.dictionary.path
     if path == f"{BUNDLED}:demo":
         path = str(bundled.dictionary_path("demo"))
     elif path == f"{BUNDLED}:tests":
