@@ -1,0 +1,316 @@
+"""The forward and backward passes of attribution, on padded batches (see `exegete.tools.attribution`).
+
+1. A clean pass reads the vectors x where the dictionary reads and writes, and the metric.
+2. The code of x is kept sparsely: only active latents are written down, blocks of tokens at a time.
+3. Each further pass puts other vectors where the dictionary writes, as a leaf of autograd, and takes the gradient of
+   the metric there: nothing before that point is in the graph.
+4. Gradients are taken to the active latents along their directions, or back through a decoder that is no linear map.
+
+An intervention of a trial stays in place. What it does at the dictionary's own points comes after what is done here, as
+it would come after an ablation: so vectors can be added there, but not a second change of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exegete.tools.codes import blocks
+from exegete.tools.dictionaries import Dictionary, PlainDictionary, SparseCode
+from exegete.tools.errors import UserError
+from exegete.tools.interventions import LatentEdit
+from exegete.tools.live_model import Batch, LiveModel, Trial
+from exegete.tools.metrics import Floats, LogitPositions, Metric, PromptTrial, against, measured
+
+_GATHERED = 2**24
+"""Numbers of directions that are gathered at once: 64 megabytes in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found on one prompt."""
+
+    clean: float
+    """The metric."""
+    moves: bool
+    """Whether any gradient was not 0."""
+    positions: np.ndarray
+    """This and the next three have shape (entries,): position in the prompt, latent, activation, attribution."""
+    latents: np.ndarray
+    activations: Floats
+    attributions: Floats
+    errors: Floats
+    """Attribution of the error node, shape (position,)."""
+    error_lengths: Floats
+    """Shape (position,)."""
+    without_latents: float
+    """metric(clean) − metric(every latent at zero)."""
+    without_error: float
+    """metric(clean) − metric(error at zero)."""
+
+
+def attributed(
+    model: LiveModel,
+    dictionary: Dictionary,
+    trials: Sequence[PromptTrial],
+    metric: Metric,
+    steps: int,
+    positions: LogitPositions,
+) -> list[Found]:
+    """Return what was found on each trial, in their order.
+
+    Raises:
+        UserError: see `exegete.tools.attribution.attribute`.
+    """
+    _require_own_points(model, dictionary, trials)
+    found: dict[int, Found] = {}
+    order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
+
+    def work(part: list[Trial]) -> list[Found]:
+        with torch.inference_mode(False):
+            return _attributed(_Passes(model, dictionary, model.pad(part), metric, positions), steps)
+
+    for chosen in model.batches(order, lambda index: len(trials[index].tokens)):
+        parts = model.shrinking([trials[index] for index in chosen], work)
+        found |= dict(zip(chosen, parts, strict=True))
+    return [found[index] for index in range(len(trials))]
+
+
+def _require_own_points(model: LiveModel, dictionary: Dictionary, trials: Sequence[Trial]) -> None:
+    own = {dictionary.hook_point, dictionary.hook_point_out}
+    for intervention in {trial.intervention for trial in trials}:
+        for edit in intervention.edits:
+            if not isinstance(edit, LatentEdit):
+                continue
+            other = model.dictionary(edit.dictionary)
+            if own & {other.hook_point, other.hook_point_out}:
+                raise UserError(
+                    f"a trial changes latents of {other.name!r} at {other.hook_point!r}, where attribution to "
+                    f"{dictionary.name!r} takes its codes; attribute without it, or to a dictionary at another hook point"
+                )
+
+
+def _attributed(passes: _Passes, steps: int) -> list[Found]:
+    scales = [(step + 0.5) / steps for step in range(steps)] or [1.0]
+    code = passes.code
+    by_latent = torch.zeros(len(code.entries.values), device=passes.x_out.device)
+    by_error = torch.zeros_like(code.error)
+    for scale in scales:
+        gradient = passes.gradient(code.decoded(scale) - code.decoded(1) if steps else None)
+        by_latent += code.to_latents(gradient, scale) / len(scales)
+        if steps:
+            gradient = passes.gradient((scale - 1) * code.error)
+        by_error += gradient / len(scales)
+    without = [passes.value(code.decoded(0) - code.decoded(1)), passes.value(-code.error)]
+    return list(_split(passes, by_latent * code.entries.values.float(), by_error, without))
+
+
+class _Passes:
+    """A batch that runs with other vectors at the point that the dictionary writes to."""
+
+    def __init__(
+        self, model: LiveModel, dictionary: Dictionary, batch: Batch, metric: Metric, positions: LogitPositions
+    ) -> None:
+        self._model = model
+        self._dictionary = dictionary
+        self.batch = batch
+        self._positions = positions
+        self._leaf: Tensor | None = None
+        self._seen: dict[str, Tensor] = {}
+        logits = self._run(None, with_gradient=False)
+        self.x_out = self._seen[dictionary.hook_point_out]
+        """Shape (trial, position, width out)."""
+        self._metric = against(metric, batch, logits)
+        self.clean = measured(self._metric, logits, batch)
+        """The metric, shape (trial,)."""
+
+    @cached_property
+    def code(self) -> _Code:
+        """The code of the clean vectors."""
+        return _Code(self._dictionary, self._seen[self._dictionary.hook_point], self.x_out, self.batch)
+
+    def value(self, added: Tensor) -> Tensor:
+        """Return the metric with `added`, shape (token, width out), shape (trial,)."""
+        return measured(self._metric, self._run(added, with_gradient=False), self.batch)
+
+    def gradient(self, added: Tensor | None) -> Tensor:
+        """Return the metric's gradient at the vectors plus `added`, in float32, shape (token, width out)."""
+        logits = self._run(added, with_gradient=True)
+        with torch.enable_grad():
+            values = measured(self._metric, logits, self.batch)
+        if not values.requires_grad or self._leaf is None:
+            raise UserError("the metric has no gradient; compute it from the logits with torch, without detaching them")
+        (gradient,) = torch.autograd.grad(values.sum(), self._leaf)
+        self._leaf = None
+        chosen = gradient[self.batch.mask].float()
+        if not bool(chosen.isfinite().all()):
+            raise UserError("the metric's gradient is not finite; load the subject with dtype = 'float32'")
+        return chosen
+
+    def _run(self, added: Tensor | None, with_gradient: bool) -> Tensor:
+        with self._replacing(added, with_gradient), torch.no_grad():
+            # The hook turns gradients on from the leaf on; leaving this block turns them off again.
+            return self._model.logits(self.batch.tokens, self.batch.mask, last=self._positions == "last")
+
+    @contextmanager
+    def _replacing(self, added: Tensor | None, with_gradient: bool) -> Iterator[None]:
+        """Hold the model, with our hooks before those of the trials' interventions."""
+        armed = False
+
+        def look(x: Tensor) -> None:
+            if armed:
+                self._seen.setdefault(self._dictionary.hook_point, x.detach())
+
+        def replace(x: Tensor) -> Tensor | None:
+            if not armed:  # Interventions may read their sources on this model first.
+                return None
+            self._seen.setdefault(self._dictionary.hook_point_out, x.detach())
+            leaf = x.detach().clone()
+            if added is not None:
+                leaf[self.batch.mask] += added.to(leaf.dtype)
+            if with_gradient:
+                torch.set_grad_enabled(True)
+                self._leaf = leaf.requires_grad_()
+            return leaf
+
+        clean = Batch([Trial(trial.tokens) for trial in self.batch.trials], self.batch.tokens, self.batch.mask)
+        with self._model.editing(clean), ExitStack() as hooks:
+            hooks.enter_context(self._model.hooked(self._dictionary.hook_point, look))
+            hooks.enter_context(self._model.hooked(self._dictionary.hook_point_out, replace))
+            hooks.enter_context(self._model.editing(self.batch))
+            armed = True
+            yield
+
+
+class _Code:
+    """The sparse code of a batch's tokens, padding left out, and what its decoder makes of it."""
+
+    def __init__(self, dictionary: Dictionary, x: Tensor, x_out: Tensor, batch: Batch) -> None:
+        self._dictionary = dictionary
+        self._x = x[batch.mask]
+        self._lengths = batch.lengths
+        self._directions = dictionary.decoder_directions()
+        with torch.no_grad():
+            self.entries = self._encoded()
+            """Rows are tokens, those of all prompts one after the other."""
+            self._ends = [self._through(0.0), self._through(1.0)]
+            self.error = x_out[batch.mask].float() - self._ends[1]
+            """Shape (token, width out), in float32."""
+
+    def decoded(self, scale: float) -> Tensor:
+        """Return decode(scale · z), in float32, shape (token, width out)."""
+        empty, full = self._ends
+        if scale in (0, 1):
+            return full if scale else empty
+        if self._directions is not None:
+            return empty + scale * (full - empty)
+        with torch.no_grad():
+            return self._through(scale)
+
+    def to_latents(self, gradient: Tensor, scale: float) -> Tensor:
+        """Return the gradient at the entries of scale · z of that at what is decoded; shape (entries,)."""
+        if self._directions is None:
+            return self._back_through(gradient, scale)
+        rows, latents, _ = self.entries
+        size = max(1, _GATHERED // gradient.shape[1])
+        parts = [
+            (gradient[rows[start : start + size]] * self._directions[latents[start : start + size]].float()).sum(-1)
+            for start in range(0, len(rows), size)
+        ]
+        return torch.cat(parts) if parts else gradient.new_zeros(0)
+
+    def _back_through(self, gradient: Tensor, scale: float) -> Tensor:
+        parts = []
+        for piece in self._pieces():
+            rows, latents, _ = self._within(piece)
+            with torch.enable_grad():
+                z = (self._dense(piece) * scale).requires_grad_()
+                decoded = self._decode(z, piece)
+            if not decoded.requires_grad:
+                raise UserError(
+                    f"dictionary {self._dictionary.name!r} has a decoder that gives no gradient; write it with torch, "
+                    "without no_grad, or give its directions if it is linear"
+                )
+            (back,) = torch.autograd.grad(decoded, z, gradient[piece].to(decoded.dtype))
+            parts.append(back[rows, latents].float())
+        return torch.cat(parts)
+
+    def _encoded(self) -> SparseCode:
+        dictionary, found = self._dictionary, []
+        for piece in self._pieces():
+            x = self._x[piece]
+            if isinstance(dictionary, PlainDictionary):
+                rows, latents, values = dictionary.encode_sparse(x)
+            else:
+                z = dictionary.encode(x[None])[0] if dictionary.conditioned else dictionary.encode(x)
+                rows, latents = z.nonzero(as_tuple=True)
+                values = z[rows, latents]
+            found.append((rows + piece.start, latents, values))
+        return SparseCode(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _through(self, scale: float) -> Tensor:
+        return torch.cat([self._decode(self._dense(piece) * scale, piece).float() for piece in self._pieces()])
+
+    def _decode(self, z: Tensor, piece: slice) -> Tensor:
+        given = self._x[piece]
+        if self._dictionary.conditioned:
+            return self._dictionary.decode(z[None], given[None])[0]
+        return self._dictionary.decode(z, given)
+
+    def _dense(self, piece: slice) -> Tensor:
+        rows, latents, values = self._within(piece)
+        z = values.new_zeros((piece.stop - piece.start, self._dictionary.latents))
+        z[rows, latents] = values
+        return z
+
+    def _within(self, piece: slice) -> SparseCode:
+        rows, latents, values = self.entries
+        ends = torch.tensor([piece.start, piece.stop], device=rows.device)
+        start, stop = torch.searchsorted(rows, ends).tolist()
+        return SparseCode(rows[start:stop] - piece.start, latents[start:stop], values[start:stop])
+
+    def _pieces(self) -> Iterator[slice]:
+        """Yield runs of tokens whose dense code is small enough to hold; whole contexts where codes depend on them."""
+        sizes = self._lengths
+        if not self._dictionary.conditioned:
+            sizes = [len(part) for part in blocks(self._x, self._dictionary)]
+        start = 0
+        for size in sizes:
+            yield slice(start, start + size)
+            start += size
+
+
+def _split(passes: _Passes, by_latent: Tensor, gradient: Tensor, without: Sequence[Tensor]) -> Iterator[Found]:
+    """Yield what belongs to each prompt."""
+    code = passes.code
+    rows, latents = (column.cpu().numpy() for column in code.entries[:2])
+    values, attributions = _numbers(code.entries.values), _numbers(by_latent)
+    errors, lengths = _numbers((gradient * code.error).sum(-1)), _numbers(code.error.norm(dim=-1))
+    moves, start = gradient.any(-1).cpu().numpy(), 0
+    for index, length in enumerate(passes.batch.lengths):
+        tokens = slice(start, start + length)
+        mine = slice(*np.searchsorted(rows, [tokens.start, tokens.stop]))
+        yield Found(
+            clean=float(passes.clean[index]),
+            moves=bool(moves[tokens].any()),
+            positions=rows[mine] - start,
+            latents=latents[mine],
+            activations=values[mine],
+            attributions=attributions[mine],
+            errors=errors[tokens],
+            error_lengths=lengths[tokens],
+            without_latents=float(passes.clean[index] - without[0][index]),
+            without_error=float(passes.clean[index] - without[1][index]),
+        )
+        start += length
+
+
+def _numbers(values: Tensor) -> Floats:
+    found: Floats = values.double().cpu().numpy()
+    return found
