@@ -25,13 +25,12 @@ import numpy.typing as npt
 from exegete.tools.attribution_passes import Found, attributed
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
+from exegete.tools.estimates import Estimate, estimate
 from exegete.tools.exact_effects import (
     Ablation,
     Agreement,
-    Mean,
     effect_of_set,
     exact_effects,
-    mean_over_prompts,
     rank_agreement,
 )
 from exegete.tools.live_model import LiveModel
@@ -53,11 +52,10 @@ __all__ = [
     "Attribution",
     "Completeness",
     "Entries",
-    "Estimate",
+    "LatentAttribution",
     "KLFromClean",
     "LogProbability",
     "LogitDifference",
-    "Mean",
     "Metric",
     "attribute",
     "effect_of_set",
@@ -83,12 +81,12 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class LatentAttribution:
     """What is held about one latent: summed over positions, then averaged over prompts."""
 
     latent: int
-    attribution: Mean
-    exact: Mean | None
+    attribution: Estimate
+    exact: Estimate | None
     """The effect of ablating it alone; None where it was not asked for."""
 
 
@@ -96,9 +94,9 @@ class Estimate:
 class Completeness:
     """The sum of attributions beside the exact effect of taking all of it out at once."""
 
-    attribution: Mean
-    exact: Mean
-    gap: Mean
+    attribution: Estimate
+    exact: Estimate
+    gap: Estimate
     """Of the absolute difference; integrated gradients bring it to 0 as `steps` grow."""
 
 
@@ -111,9 +109,9 @@ class Attribution:
     steps: int
     clean: Floats
     """The metric on each prompt, shape (prompt,)."""
-    ranked: tuple[Estimate, ...]
+    ranked: tuple[LatentAttribution, ...]
     """By absolute mean attribution, the largest first."""
-    drawn: tuple[Estimate, ...]
+    drawn: tuple[LatentAttribution, ...]
     """Latents drawn at random from the other active ones: what an exact effect is like by chance."""
     floor: float | None
     """95th percentile of the absolute exact effects of `drawn`; None where there are none."""
@@ -128,7 +126,7 @@ class Attribution:
     """All latents at zero, the error kept."""
     error_total: Completeness
     """The error at zero, the latents kept."""
-    error_share: Mean
+    error_share: Estimate
     """Of the absolute attributions over all nodes and positions of a prompt, those of the error node."""
 
     @property
@@ -201,7 +199,7 @@ def attribute(
         errors=_errors(found),
         latents_total=_completeness([(float(one.attributions.sum()), one.without_latents) for one in found]),
         error_total=_completeness([(float(one.errors.sum()), one.without_error) for one in found]),
-        error_share=mean_over_prompts(np.array([_error_share(one) for one in found])),
+        error_share=estimate(np.array([_error_share(one) for one in found])),
     )
 
 
@@ -245,15 +243,15 @@ def _summed(entries: Entries, latents: Ints, prompts: int) -> Floats:
     return totals
 
 
-def _estimates(entries: Entries, latents: Ints, effects: Floats, prompts: int) -> tuple[Estimate, ...]:
+def _estimates(entries: Entries, latents: Ints, effects: Floats, prompts: int) -> tuple[LatentAttribution, ...]:
     """Return the estimates of latents; the first of them have exact effects, shape (latent, prompt)."""
     return tuple(
-        Estimate(latent, mean_over_prompts(total), mean_over_prompts(effects[rank]) if rank < len(effects) else None)
+        LatentAttribution(latent, estimate(total), estimate(effects[rank]) if rank < len(effects) else None)
         for rank, (latent, total) in enumerate(zip(latents.tolist(), _summed(entries, latents, prompts), strict=True))
     )
 
 
-def _agreement(estimates: Sequence[Estimate]) -> Agreement | None:
+def _agreement(estimates: Sequence[LatentAttribution]) -> Agreement | None:
     pairs = [(one.attribution.value, one.exact.value) for one in estimates if one.exact is not None]
     if len(pairs) < 4:
         return None
@@ -263,7 +261,7 @@ def _agreement(estimates: Sequence[Estimate]) -> Agreement | None:
     return rank_agreement(attributions, exact)
 
 
-def _floor(control: Sequence[Estimate]) -> float | None:
+def _floor(control: Sequence[LatentAttribution]) -> float | None:
     effects = [abs(one.exact.value) for one in control if one.exact is not None]
     return float(np.quantile(effects, 0.95)) if effects else None
 
@@ -271,7 +269,7 @@ def _floor(control: Sequence[Estimate]) -> float | None:
 def _completeness(pairs: Sequence[tuple[float, float]]) -> Completeness:
     attributions, exact = np.array(pairs).T
     gap = np.abs(attributions - exact)
-    return Completeness(mean_over_prompts(attributions), mean_over_prompts(exact), mean_over_prompts(gap))
+    return Completeness(estimate(attributions), estimate(exact), estimate(gap))
 
 
 def _error_share(found: Found) -> float:

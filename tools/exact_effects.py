@@ -31,17 +31,6 @@ Ablation = Callable[[Sequence[int]], Intervention]
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over prompts, with its 95 % interval by Student's t."""
-
-    value: float
-    low: float | None
-    """None where there is one prompt."""
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
 class Agreement:
     """Spearman's rank correlation of estimates with exact effects, over latents."""
 
@@ -142,17 +131,6 @@ def rank_agreement(estimates: Sequence[float] | Floats, exact: Sequence[float] |
     return Agreement(value, math.tanh(centre - spread), math.tanh(centre + spread), floor, n)
 
 
-def mean_over_prompts(values: Floats) -> Mean:
-    """Return the mean of values, shape (prompt,), and its interval."""
-    from scipy.stats import t
-
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return Mean(mean, None, None, n)
-    half = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Mean(mean, mean - half, mean + half, n)
-
-
 def _checked(
     model: LiveModel, dictionary: Dictionary, prompts: Sequence[Prompt], metric: Metric, latents: Sequence[int]
 ) -> list[PromptTrial]:
@@ -182,7 +160,9 @@ def _fires(
             return [_fired(codes(dictionary, reading.of(dictionary.hook_point, row), chosen)) for row in rows]
 
     found = np.stack(model.run(trials, read, keep="none", points=[dictionary.hook_point]), axis=1)
-    return found | np.array([bool(trial.intervention) for trial in trials])
+    changed = np.array([bool(trial.intervention) for trial in trials])
+    either: np.ndarray = found | changed
+    return either
 
 
 def _fired(z: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor
 from exegete.tools.errors import UserError
 from exegete.tools.interventions import Intervention, Tokens
 from exegete.tools.live_model import Batch, LiveModel, Reading, Trial
+from exegete.tools.strength import kl_divergence
 
 Metric = Callable[[Tensor, Batch], Tensor]
 """From logits, shape (trial, vocabulary) or with `positions="all"` (trial, position, vocabulary), padded on the left, to
@@ -73,22 +74,20 @@ class KLFromClean:
     """
 
     clean: Mapping[int, Tensor] | None = None
-    """Prompt → log-probabilities of the clean run, shape (vocabulary,). Filled in by what measures."""
+    """Prompt → logits of the clean run, shape (vocabulary,). Filled in by what measures."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return values, shape (trial,)."""
         assert self.clean is not None, "KLFromClean is measured against a clean run: see `against`"
-        clean = torch.stack([self.clean[index] for index in prompts_of(batch)]).to(logits.device)
-        changed = _last(logits).log_softmax(-1)
-        # A token of probability 0 adds nothing, and −inf − −inf would be no number.
-        return torch.where(clean.isneginf(), 0.0, clean.exp() * (clean - changed)).sum(-1)
+        clean = torch.stack([self.clean[index] for index in prompts_of(batch)])
+        return kl_divergence(clean.to(logits.device), _last(logits))
 
 
 def against(metric: Metric, batch: Batch, logits: Tensor) -> Metric:
     """Return the metric as it is measured against this clean batch: only `KLFromClean` depends on it."""
     if not isinstance(metric, KLFromClean):
         return metric
-    return KLFromClean(dict(zip(prompts_of(batch), _last(logits).detach().log_softmax(-1), strict=True)))
+    return KLFromClean(dict(zip(prompts_of(batch), _last(logits).detach(), strict=True)))
 
 
 def measured(metric: Metric, logits: Tensor, batch: Batch) -> Tensor:
@@ -167,7 +166,7 @@ def prompts_of(batch: Batch) -> list[int]:
 
 
 def _read(metric: Metric, reading: Reading) -> list[tuple[float, Tensor | None]]:
-    """Return values, and for `KLFromClean` the log-probabilities of a run that is itself the clean one."""
+    """Return values, and for `KLFromClean` the logits of a run that is itself the clean one."""
     kept: Sequence[Tensor | None] = [None] * len(reading.batch.trials)
     with torch.no_grad():
         if isinstance(metric, KLFromClean) and metric.clean is None:
