@@ -55,6 +55,20 @@ def generate(
     Raises:
         UserError: as `LiveModel.run`; or a prompt leaves no room, or `tokens` or `temperature` is out of range.
     """
+    check_generation(model, trials, tokens, temperature)
+    room = model.subject.max_context
+    results: dict[int, Continuation] = {}
+    order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
+    sampling = _Sampling(temperature, seed)
+    for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + tokens)):
+        batch = [trials[index] for index in chosen]
+        found = model.shrinking(batch, lambda part: _continue(model, part, tokens, sampling, cache), more=tokens)
+        results |= dict(zip(chosen, found, strict=True))
+    return [results[index] for index in range(len(trials))]
+
+
+def check_generation(model: LiveModel, trials: Sequence[Trial], tokens: int, temperature: float) -> None:
+    """Raise UserError where `generate` would."""
     if tokens < 1 or not 0 <= temperature < float("inf"):
         raise UserError(f"cannot generate {tokens} tokens at temperature {temperature}; give at least 1, at 0 or above")
     model.check(trials)
@@ -62,14 +76,6 @@ def generate(
     for trial in trials:
         if len(trial.tokens) >= room:
             raise UserError(f"the prompt has {len(trial.tokens)} tokens and leaves no room to write, of {room}")
-    results: dict[int, Continuation] = {}
-    order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
-    sampling = _Sampling(temperature, seed)
-    for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + tokens)):
-        batch = [trials[index] for index in chosen]
-        found = model.shrinking(batch, lambda part: _continue(model, part, tokens, sampling, cache))
-        results |= dict(zip(chosen, found, strict=True))
-    return [results[index] for index in range(len(trials))]
 
 
 @dataclass(frozen=True)
