@@ -15,9 +15,14 @@ from exegete.tools.errors import UserError
 from exegete.tools.interventions import Tokens
 from exegete.tools.live_model import LiveModel
 from exegete.tools.subject import Subject
-from exegete.tools.text_activations import activations, pooled, top_latents
+from exegete.tools.text_activations import Pooling, activations, pooled, top_latents
 
 LATENTS = (0, 3, 17, 400, 1023)
+
+
+@pytest.fixture(scope="module")
+def model(subject: Subject, dictionary: Dictionary) -> LiveModel:
+    return LiveModel(subject, [dictionary])
 
 
 def dense(model: LiveModel, dictionary: Dictionary, prompt: Tokens) -> Any:
@@ -76,7 +81,8 @@ def test_pooled_is_the_dense_code_pooled(
 def test_small_blocks_give_the_same(
     model: LiveModel, dictionary: Dictionary, prompts: list[Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = {pooling: pooled(model, dictionary, prompts, pooling) for pooling in ("max", "mean")}
+    kinds: tuple[Pooling, ...] = ("max", "mean")
+    whole = {pooling: pooled(model, dictionary, prompts, pooling) for pooling in kinds}
     tops = top_latents(model, dictionary, prompts[:3], 4)
     monkeypatch.setattr("exegete.tools.codes._ENTRIES", 7 * dictionary.latents)
     for pooling, expected in whole.items():
