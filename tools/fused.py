@@ -38,7 +38,10 @@ class FusedForward:
     def __init__(self, model: Any) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-        self._model.set_attn_implementation("sdpa")
+        try:
+            self._model.set_attn_implementation("sdpa")
+        except ValueError:  # Gemma-2 caps its attention scores, which no fused kernel does.
+            self._model.set_attn_implementation("eager")
         self._layers = _decoder_layers(self._model)
         self._fits: dict[str, bool] = {}
 

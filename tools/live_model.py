@@ -12,14 +12,12 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -28,9 +26,11 @@ from torch import Tensor
 
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.editing import Editor, read_source, take_sources
-from exegete.tools.errors import UserError, nearest
-from exegete.tools.interventions import CLEAN, Intervention, LatentEdit, Tokens, VectorEdit
+from exegete.tools.errors import UserError
+from exegete.tools.hooking import Change, comes_before, hooked, require_effective
+from exegete.tools.interventions import Intervention, LatentEdit, Tokens, VectorEdit
 from exegete.tools.subject import Subject
+from exegete.tools.trials import Batch, Reading, Trial, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,54 +38,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Keep = Literal["last", "all", "none"]
 
-_LEVELS = itertools.count(1_000)
-"""What hooks are removed by: each has its own. The bridge itself counts from 0."""
-_SOURCES_KEPT = 256
+__all__ = ["Batch", "LiveModel", "Reading", "Trial"]
+
+_SOURCES_KEPT = 2**26
+"""Activations taken from other texts that are kept for the next batch: a quarter of a gigabyte in float32."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A prompt, and what is done to the model while it reads and continues it."""
-
-    tokens: Tokens
-    """As `LiveModel.tokens` makes them."""
-    intervention: Intervention = CLEAN
-    draw: int = 0
-    """Which of several random continuations; the same prompt and draw use the same random numbers, clean or not."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Trials padded to the left to one length."""
-
-    trials: Sequence[Trial]
-    tokens: Tensor
-    """Shape (trial, position)."""
-    mask: Tensor
-    """Shape (trial, position): false where it is padding."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt, without padding."""
-        return [len(trial.tokens) for trial in self.trials]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What was read off one batch. Positions are of the padded batch: a prompt of n tokens has the last n."""
-
-    batch: Batch
-    logits: Tensor
-    """Next-token logits in float32: shape (trial, vocabulary) with `keep="last"`, (trial, position, vocabulary) with
-    "all", (0,) with "none"."""
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Hook point → vectors after the interventions there, shape (trial, position, width)."""
-
-    def of(self, hook_point: str, row: int) -> Tensor:
-        """Return one prompt's vectors without the padding, shape (token, width)."""
-        return self.vectors[hook_point][row, -len(self.batch.trials[row].tokens) :]
 
 
 class LiveModel:
@@ -107,7 +65,8 @@ class LiveModel:
         self.subject = subject
         self.batch_tokens = batch_tokens
         self.dictionaries: dict[str, Dictionary] = {}
-        self._lock = threading.RLock()
+        # Of the subject: its hooks are those of every live model over it.
+        self._lock = subject.lock
         self._effective: set[str] = set()
         self._sources: OrderedDict[LatentEdit, Tensor] = OrderedDict()
         for dictionary in dictionaries:
@@ -120,26 +79,51 @@ class LiveModel:
                 f"dictionary {dictionary.name!r} takes vectors of width {dictionary.width}, but subject "
                 f"{self.subject.name!r} has width {width} at {dictionary.hook_point!r}; load the model that it was made for"
             )
-        if torch.device(dictionary.device) != torch.device(self.subject.device):
+        if _device(dictionary.device) != _device(self.subject.device):
             raise UserError(
                 f"dictionary {dictionary.name!r} is on {dictionary.device}, subject {self.subject.name!r} on "
                 f"{self.subject.device}; load both on one device"
             )
-        self.require_effective(dictionary.hook_point_out)
+        self._require_output(dictionary)
         self.dictionaries[dictionary.fingerprint] = dictionary
 
+    def _require_output(self, dictionary: Dictionary) -> None:
+        """Raise UserError unless what `decode` returns can be added at `hook_point_out`."""
+        point = dictionary.hook_point_out
+        width = self.subject.width(point)
+        directions = dictionary.decoder_directions()
+        if directions is None:
+            given = torch.ones((1, 1, dictionary.width), device=self.subject.device)
+            with torch.inference_mode():
+                directions = dictionary.decode(dictionary.encode(given), given)
+        if directions.shape[-1] != width:
+            raise UserError(
+                f"dictionary {dictionary.name!r} writes vectors of width {directions.shape[-1]}, but subject "
+                f"{self.subject.name!r} has width {width} at {point!r}; load the model that it was made for"
+            )
+        self.require_effective(point)
+        if point != dictionary.hook_point:
+            with self._lock:
+                ordered = comes_before(self.subject, dictionary.hook_point, point, self._probe)
+            if not ordered:
+                raise UserError(
+                    f"dictionary {dictionary.name!r} writes at {point!r} before it reads at {dictionary.hook_point!r}"
+                )
+
     def dictionary(self, wanted: str | None = None) -> Dictionary:
-        """Return the attached dictionary of this name or fingerprint (or its first digits), or the only one.
+        """Return the attached dictionary of this fingerprint, name, or first digits of one (six or more), or the only one.
 
         Raises:
             UserError: none or several fit.
         """
+        if wanted in self.dictionaries:
+            return self.dictionaries[wanted]
         attached = list(self.dictionaries.values())
         fitting = attached
         if wanted is not None:
             start = wanted.removeprefix("sha256:")
-            fitting = [
-                d for d in attached if d.name == wanted or d.fingerprint.removeprefix("sha256:").startswith(start)
+            fitting = [d for d in attached if d.name == wanted] or [
+                d for d in attached if len(start) >= 6 and d.fingerprint.removeprefix("sha256:").startswith(start)
             ]
         if len(fitting) == 1:
             return fitting[0]
@@ -220,24 +204,32 @@ class LiveModel:
         for edit in intervention.edits:
             if isinstance(edit, LatentEdit):
                 self.require_latents(self.dictionary(edit.dictionary), edit.latents)
+                self._require_held(f"a value of {edit.operation}", edit.values)
                 for source in edit.sources:
                     self._require_room(source)
                 continue
             width = self.subject.width(edit.hook_point)
             if len(edit.vector) != width:
                 raise UserError(f"the vector has length {len(edit.vector)}; at {edit.hook_point!r} it must be {width}")
+            if not edit.project_out:
+                self._require_held("strength times vector", [edit.strength * max(map(abs, edit.vector))])
             self.require_effective(edit.hook_point)
 
+    def _require_held(self, what: str, values: Sequence[float]) -> None:
+        most = torch.finfo(getattr(torch, self.subject.dtype)).max
+        if wrong := [value for value in values if not abs(value) <= most]:
+            raise UserError(f"{what} is {wrong[0]:g}; {self.subject.dtype} holds at most {most:.3g}")
+
     def _require_room(self, tokens: Sequence[int], text: str | None = None) -> None:
+        vocabulary = int(self.subject.bridge.cfg.d_vocab)
+        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise UserError(f"token {wrong[0]} is not one of subject {self.subject.name!r}, which has {vocabulary}")
         most = self.subject.max_context
         if len(tokens) > most:
             shown = f"{(self.text(tokens) if text is None else text)[:40]!r}…"
             raise UserError(
                 f"the prompt {shown} has {len(tokens)} tokens; subject {self.subject.name!r} takes {most}: shorten it"
             )
-        vocabulary = int(self.subject.bridge.cfg.d_vocab)
-        if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
-            raise UserError(f"token {wrong[0]} is not one of subject {self.subject.name!r}, which has {vocabulary}")
 
     def batches(self, order: Sequence[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Yield runs of `order`, sorted by `length`, such that none is larger than `batch_tokens` once padded."""
@@ -250,15 +242,22 @@ class LiveModel:
         if batch:
             yield batch
 
-    def shrinking(self, trials: list[Trial], work: Callable[[list[Trial]], Sequence[T]]) -> list[T]:
+    def shrinking(self, trials: list[Trial], work: Callable[[list[Trial]], Sequence[T]], *, more: int = 0) -> list[T]:
         """Return what `work` returns, in halves where the device runs out of memory.
+
+        Args:
+            trials: of one batch.
+            work: takes trials, returns one result for each.
+            more: tokens by which `work` makes each trial longer.
 
         Raises:
             UserError: one trial alone does not fit.
         """
         try:
             return list(work(trials))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
             if len(trials) == 1:
                 raise UserError(
                     f"a prompt of {len(trials[0].tokens)} tokens does not fit the memory of {self.subject.device} "
@@ -268,22 +267,14 @@ class LiveModel:
             torch.cuda.empty_cache()
         half = math.ceil(len(trials) / 2)
         log.warning("out of memory with %d prompts at once; going on with %d", len(trials), half)
-        self.batch_tokens = max(1, half * max(len(trial.tokens) for trial in trials))
-        return self.shrinking(trials[:half], work) + self.shrinking(trials[half:], work)
+        longest = min(self.subject.max_context, max(len(trial.tokens) for trial in trials) + more)
+        self.batch_tokens = max(1, min(self.batch_tokens, half * longest))
+        parts = (trials[:half], trials[half:])
+        return [found for part in parts for found in self.shrinking(part, work, more=more)]
 
     def pad(self, trials: Sequence[Trial]) -> Batch:
         """Return the trials padded to the left."""
-        longest = max(len(trial.tokens) for trial in trials)
-        filling = self._padding
-        rows = [[filling] * (longest - len(trial.tokens)) + list(trial.tokens) for trial in trials]
-        gaps = torch.tensor([longest - len(trial.tokens) for trial in trials], device=self.subject.device)
-        mask = torch.arange(longest, device=self.subject.device) >= gaps[:, None]
-        return Batch(trials, torch.tensor(rows, device=self.subject.device), mask)
-
-    @cached_property
-    def _padding(self) -> int:
-        token = self.subject.tokenizer.pad_token_id
-        return 0 if token is None else int(token)
+        return padded(trials, self.subject.device)
 
     def _read(self, trials: Sequence[Trial], keep: Keep, points: Sequence[str]) -> Reading:
         batch = self.pad(trials)
@@ -306,30 +297,22 @@ class LiveModel:
             yield editor
 
     def source_codes(self, edit: LatentEdit) -> Tensor:
-        """Return the activations that an edit takes from its sources, shape (token, latent); the last few are kept."""
+        """Return the activations that an edit takes from its sources, shape (token, latent); the last ones are kept."""
+        # What is read depends neither on where it goes nor on the draws.
+        key = replace(edit, dictionary=self.dictionary(edit.dictionary).fingerprint, positions="all", seed=0)
         with self._lock:
-            if edit not in self._sources:
-                self._sources[edit] = read_source(self, edit)
-            self._sources.move_to_end(edit)
-            while len(self._sources) > _SOURCES_KEPT:
+            if key not in self._sources:
+                found = read_source(self, key)
+                with torch.inference_mode(False):
+                    self._sources[key] = found.clone()  # An inference tensor could not take part in a gradient.
+            self._sources.move_to_end(key)
+            while len(self._sources) > 1 and sum(map(Tensor.numel, self._sources.values())) > _SOURCES_KEPT:
                 self._sources.popitem(last=False)
-            return self._sources[edit]
+            return self._sources[key]
 
-    @contextmanager
-    def hooked(self, hook_point: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    def hooked(self, hook_point: str, change: Change) -> AbstractContextManager[None]:
         """Hand `change` the vectors at a hook point, shape (trial, position, width); what it returns replaces them."""
-        point = self.subject.bridge.hook_dict[hook_point]
-        level = next(_LEVELS)
-
-        def hook(vectors: Tensor, hook: Any) -> Tensor | None:
-            changed = change(vectors.reshape(*vectors.shape[:2], -1))
-            return None if changed is None else changed.reshape(vectors.shape)
-
-        point.add_hook(hook, level=level)
-        try:
-            yield
-        finally:
-            point.remove_hooks(dir="fwd", level=level)
+        return hooked(self.subject, hook_point, change)
 
     @contextmanager
     def _keeping(self, points: Sequence[str], kept: dict[str, Tensor], stop: bool) -> Iterator[None]:
@@ -338,13 +321,13 @@ class LiveModel:
         def keeper(point: str) -> Callable[[Tensor], None]:
             def keep(vectors: Tensor) -> None:
                 kept[point] = vectors
-                if stop and len(kept) == len(points):
+                if stop and len(kept) == len(set(points)):
                     raise _Reached
 
             return keep
 
         with ExitStack() as hooks:
-            for point in points:
+            for point in dict.fromkeys(points):
                 hooks.enter_context(self.hooked(point, keeper(point)))
             yield
 
@@ -374,23 +357,30 @@ class LiveModel:
 
     def require_effective(self, hook_point: str) -> None:
         """Raise UserError unless a change at `hook_point` changes what the model says: some hooks only look on."""
-        if hook_point in self._effective:
-            return
-        self.subject.width(hook_point)
-        trial = Trial(tuple(range(min(8, int(self.subject.bridge.cfg.d_vocab)))))
-        batch = self.pad([trial])
-        with self._lock, torch.inference_mode():
-            clean = self.logits(batch.tokens, batch.mask, last=True)
-            with self.hooked(hook_point, _disturbed):
-                changed = self.logits(batch.tokens, batch.mask, last=True)
-        if torch.equal(clean, changed):
-            near = nearest(hook_point, [point for point in self.subject.hook_points if point != hook_point])
-            raise UserError(f"a change at {hook_point!r} does not reach the output of {self.subject.name!r}.{near}")
-        self._effective.add(hook_point)
+        with self._lock:
+            if hook_point not in self._effective:
+                require_effective(self.subject, hook_point, self._probe)
+                self._effective.add(hook_point)
+
+    def _probe(self) -> Tensor:
+        """Return the last logits of some tokens."""
+        count = min(8, int(self.subject.bridge.cfg.d_vocab), self.subject.max_context)
+        batch = self.pad([Trial(tuple(range(count)))])
+        with torch.inference_mode():
+            return self.logits(batch.tokens, batch.mask, last=True)
 
 
-def _disturbed(vectors: Tensor) -> Tensor:
-    return vectors + (1 + vectors.abs()) * torch.arange(vectors.shape[-1], device=vectors.device).remainder(3)
+def _device(name: str) -> tuple[str, int]:
+    device = torch.device(name)
+    return device.type, device.index or 0
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device, the machine or a library of CUDA has no memory left: each says so in its own way."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("can't allocate memory", "backend out of memory", "STATUS_ALLOC_FAILED"))
 
 
 class _Reached(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class Subject:
         self, bridge: Any, tokenizer: Any, name: str, fingerprint: str, revision: str | None = None, fused: Any = None
     ) -> None:
         self._fused: FusedForward | None = fused
+        self.lock = threading.RLock()
+        """Hold it while hooks are in place: they are seen by whoever runs the model."""
         self.bridge = bridge
         """The TransformerLens bridge itself, for interventions."""
         self.tokenizer = tokenizer
@@ -69,7 +72,7 @@ class Subject:
     def hook_points(self) -> Mapping[str, int]:
         """Hook point → width, for every point that a dictionary can be at (the heads of `hook_z` concatenated)."""
         probe = torch.zeros((1, 3), dtype=torch.long, device=self.device)
-        with torch.inference_mode(), _quiet():
+        with self.lock, torch.inference_mode(), _quiet():
             _, cache = self.bridge.run_with_cache(probe, names_filter=self._is_usable, return_cache_object=False)
         return {name: vectors[0, 0].numel() for name, vectors in cache.items() if vectors.shape[:2] == probe.shape}
 
@@ -104,8 +107,9 @@ class Subject:
             UserError: the subject has no such hook point.
         """
         self.width(hook_point)
-        if self._fused is not None and self._fused.fits(hook_point, self._probe):
-            return self._fused.residual(tokens.to(self.device), hook_point)
+        with self.lock:
+            if self._fused is not None and self._fused.fits(hook_point, self._probe):
+                return self._fused.residual(tokens.to(self.device), hook_point)
         return self._through_bridge(tokens, hook_point)
 
     def _probe(self, hook_point: str) -> tuple[Tensor, Tensor]:
@@ -121,18 +125,19 @@ class Subject:
             # The bridge itself stops layers so: its forward returns what the exception carries.
             raise StopAtLayerException(vectors)
 
-        level = self.bridge.context_level + 1
-        point.add_hook(stop, level=level)
-        try:
-            with torch.inference_mode():
-                vectors: Tensor = self.bridge(tokens.to(self.device), use_cache=False)
-        finally:
-            point.remove_hooks(dir="fwd", level=level)
+        with self.lock:
+            level = self.bridge.context_level + 1
+            point.add_hook(stop, level=level)
+            try:
+                with torch.inference_mode():
+                    vectors: Tensor = self.bridge(tokens.to(self.device), use_cache=False)
+            finally:
+                point.remove_hooks(dir="fwd", level=level)
         return vectors.reshape(*tokens.shape, -1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the next-token logits, shape (context, position) → (context, position, vocabulary)."""
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", use_cache=False)
         return logits
 
