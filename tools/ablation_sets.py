@@ -1,0 +1,197 @@
+"""Sets of latents to ablate, and random sets that they are compared with.
+
+A random set has, for each latent of the set it stands beside, one that fires about as often: drawn from the few live
+latents outside the set whose firing rates are nearest, on a logarithmic scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from exegete.tools.codes import blocks
+from exegete.tools.dictionaries import Dictionary
+from exegete.tools.errors import UserError
+from exegete.tools.interventions import CLEAN, Intervention, Positions, Tokens, ablate, patch
+from exegete.tools.live_model import LiveModel, Reading, Trial
+from exegete.tools.seeds import generator
+
+_NEAREST = 10
+"""Latents among which one of a random set is drawn."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How latents are taken out: to zero, or to means over a corpus, or to what they are in other texts."""
+
+    positions: Positions = "all"
+    means: Sequence[float] | None = None
+    """Mean activation of every latent of the dictionary."""
+    texts: tuple[Tokens, ...] | None = None
+    """Tokens of texts to draw activations from."""
+    sources: Mapping[Tokens, Tokens] | None = None
+    """Prompt → the prompt whose activations its latents take, for example with the cue changed (interchange)."""
+    seed: int = 0
+    """Of the draws from `texts`."""
+
+    def of(self, dictionary: Dictionary, latents: Sequence[int], prompt: Tokens) -> Intervention:
+        """Return the intervention on these latents while the model reads `prompt`; none for no latents.
+
+        Raises:
+            UserError: there is more than one of means, texts and sources, not one mean for each latent of the dictionary,
+                or no source for the prompt.
+        """
+        given = [self.means, self.texts, self.sources]
+        if sum(one is not None for one in given) > 1:
+            raise UserError("an ablation takes one of means, texts and sources; give one, or none to ablate to zero")
+        numbers = [int(latent) for latent in latents]
+        if not numbers:
+            return CLEAN
+        if self.sources is not None:
+            return patch(dictionary.fingerprint, numbers, self.source(prompt), self.positions)
+        means = None
+        if self.means is not None:
+            if len(self.means) != dictionary.latents:
+                raise UserError(
+                    f"{len(self.means)} means are given; dictionary {dictionary.name!r} has {dictionary.latents} latents"
+                )
+            means = [float(self.means[latent]) for latent in numbers]
+        return ablate(dictionary.fingerprint, numbers, self.positions, means=means, texts=self.texts, seed=self.seed)
+
+    def source(self, prompt: Tokens) -> Tokens:
+        """Return the prompt that `prompt` takes activations from.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = (self.sources or {}).get(tuple(prompt))
+        if found is None:
+            raise UserError(f"no source is given for the prompt of {len(prompt)} tokens {tuple(prompt)[:8]}…; give one")
+        return tuple(found)
+
+    def trials(self, dictionary: Dictionary, sets: Sequence[Sequence[int]], prompts: Sequence[Tokens]) -> list[Trial]:
+        """Return one trial for each set of latents and prompt, set by set."""
+        trials = []
+        for latents in sets:
+            done = self.of(dictionary, latents, prompts[0]) if prompts and self.sources is None else None
+            trials += [Trial(prompt, done or self.of(dictionary, latents, prompt)) for prompt in prompts]
+        return trials
+
+
+ZERO = Ablation()
+
+
+def require_set(model: LiveModel, dictionary: Dictionary, latents: Sequence[int], what: str) -> tuple[int, ...]:
+    """Return the latents, as integers.
+
+    Raises:
+        UserError: there are none, one is there twice or not in the dictionary, or the dictionary is not attached.
+    """
+    model.dictionary(dictionary.fingerprint)
+    if len(latents) == 0:
+        raise UserError(f"there are no {what}; give at least one latent")
+    if any(int(latent) != latent for latent in latents):
+        raise UserError(f"{what} are numbers of latents, not {list(latents)[:5]}")
+    numbers = tuple(int(latent) for latent in latents)
+    twice = [latent for latent in dict.fromkeys(numbers) if numbers.count(latent) > 1]
+    if twice:
+        raise UserError(f"latent {twice[0]} is among the {what} more than once; name each once")
+    model.require_latents(dictionary, numbers)
+    return numbers
+
+
+def firing_rates(model: LiveModel, dictionary: Dictionary, prompts: Sequence[Tokens]) -> Floats:
+    """Return the share of the prompts' tokens, special ones left out, on which each latent fires; shape (latent,).
+
+    Raises:
+        UserError: as `LiveModel.run`; or the prompts have special tokens only.
+    """
+
+    def read(reading: Reading) -> list[tuple[Floats, int]]:
+        return [_firings(model, dictionary, reading, row) for row in range(len(reading.batch.trials))]
+
+    trials = [Trial(prompt) for prompt in prompts]
+    total, tokens = np.zeros(dictionary.latents), 0
+    for counts, length in model.run(trials, read, keep="none", points=[dictionary.hook_point]):
+        total += counts
+        tokens += length
+    if not tokens:
+        raise UserError("the prompts have special tokens only, on which no latent counts as firing; give some text")
+    return total / tokens
+
+
+def spelled(model: LiveModel, tokens: Tokens) -> Tensor:
+    """Return which tokens of a prompt text spells, shape (token,)."""
+    special = model.subject.special_tokens
+    return torch.tensor([token not in special for token in tokens], device=model.subject.device)
+
+
+def dense_codes(dictionary: Dictionary, x: Tensor) -> list[Tensor]:
+    """Return the code of one prompt's vectors, shape (token, width), in parts of its tokens, (tokens, latent) each."""
+    if dictionary.conditioned:
+        return [dictionary.encode(x[None])[0]]
+    return [dictionary.encode(part) for part in blocks(x, dictionary)]
+
+
+def _firings(model: LiveModel, dictionary: Dictionary, reading: Reading, row: int) -> tuple[Floats, int]:
+    tokens = reading.batch.trials[row].tokens
+    counted = spelled(model, tokens)
+    counts, start = np.zeros(dictionary.latents), 0
+    for part in dense_codes(dictionary, reading.of(dictionary.hook_point, row)):
+        fires = (part > 0) & counted[start : start + len(part), None]
+        counts += fires.sum(0).cpu().numpy()
+        start += len(part)
+    return counts, int(counted.sum())
+
+
+def require_rates(dictionary: Dictionary, rates: ArrayLike) -> Floats:
+    """Return firing rates as an array, shape (latent,).
+
+    Raises:
+        UserError: they are not one share for each latent.
+    """
+    found = np.asarray(rates, dtype=np.float64)
+    if found.shape != (dictionary.latents,):
+        raise UserError(
+            f"rates have shape {found.shape}; dictionary {dictionary.name!r} needs ({dictionary.latents},): one each"
+        )
+    wrong = found[~((found >= 0) & (found <= 1))]
+    if len(wrong):
+        raise UserError(f"a firing rate is {wrong[0]}; it must be between 0 and 1")
+    return found
+
+
+def random_sets(latents: Sequence[int], rates: Floats, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Return `count` sets of as many live latents outside `latents`, matched in firing rate.
+
+    Args:
+        latents: the set that they stand beside.
+        rates: share of tokens on which each latent of the dictionary fires, shape (latent,).
+        count: how many sets; none come back where fewer live latents than needed are outside the set.
+        seed: each set depends on it, its own number and the set alone.
+    """
+    outside = np.setdiff1d(np.flatnonzero(rates > 0), latents)
+    if len(outside) < len(latents):
+        return []
+    return [_matched(latents, outside, rates, generator(seed, "random set", i, *latents)) for i in range(count)]
+
+
+def _matched(
+    latents: Sequence[int], outside: NDArray[np.int64], rates: Floats, rng: np.random.Generator
+) -> tuple[int, ...]:
+    level = np.log(np.maximum(rates, rates[outside].min() / 2))
+    free, drawn = outside, []
+    # The most frequent first: few latents fire as often, and they should not be taken for others.
+    for latent in sorted(latents, key=lambda latent: (-rates[latent], latent)):
+        near = np.argsort(np.abs(level[free] - level[latent]), kind="stable")[:_NEAREST]
+        chosen = near[rng.integers(len(near))]
+        drawn.append(int(free[chosen]))
+        free = np.delete(free, chosen)
+    return tuple(drawn)
