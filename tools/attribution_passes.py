@@ -6,8 +6,9 @@
    the metric there: nothing before that point is in the graph.
 4. Gradients are taken to the active latents along their directions, or back through a decoder that is no linear map.
 
-An intervention of a trial stays in place. What it does at the dictionary's own points comes after what is done here, as
-it would come after an ablation: so vectors can be added there, but not a second change of latents.
+An intervention of a trial stays in place, and the vectors are what it leaves at the dictionary's points: what an ablation
+added after it would see. Only a change of this dictionary's own latents is refused: their activations are then no longer
+what `encode` makes of the vectors.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Found:
     error_lengths: Floats
     """Shape (position,)."""
     without_latents: float
-    """metric(clean) − metric(every latent at zero)."""
+    """metric(clean) − metric(the group at zero), summed over groups; with one group, that of every latent at zero."""
     without_error: float
     """metric(clean) − metric(error at zero)."""
 
@@ -61,20 +62,21 @@ def attributed(
     trials: Sequence[PromptTrial],
     metric: Metric,
     steps: int,
+    groups: Tensor,
     positions: LogitPositions,
 ) -> list[Found]:
-    """Return what was found on each trial, in their order.
+    """Return what was found on each trial, in their order; `groups` says in which group each latent is, from 0 on.
 
     Raises:
         UserError: see `exegete.tools.attribution.attribute`.
     """
-    _require_own_points(model, dictionary, trials)
+    _require_untouched(model, dictionary, trials)
     found: dict[int, Found] = {}
     order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
 
     def work(part: list[Trial]) -> list[Found]:
         with torch.inference_mode(False):
-            return _attributed(_Passes(model, dictionary, model.pad(part), metric, positions), steps)
+            return _attributed(_Passes(model, dictionary, model.pad(part), metric, positions), steps, groups)
 
     for chosen in model.batches(order, lambda index: len(trials[index].tokens)):
         parts = model.shrinking([trials[index] for index in chosen], work)
@@ -82,33 +84,32 @@ def attributed(
     return [found[index] for index in range(len(trials))]
 
 
-def _require_own_points(model: LiveModel, dictionary: Dictionary, trials: Sequence[Trial]) -> None:
-    own = {dictionary.hook_point, dictionary.hook_point_out}
+def _require_untouched(model: LiveModel, dictionary: Dictionary, trials: Sequence[Trial]) -> None:
     for intervention in {trial.intervention for trial in trials}:
         for edit in intervention.edits:
-            if not isinstance(edit, LatentEdit):
-                continue
-            other = model.dictionary(edit.dictionary)
-            if own & {other.hook_point, other.hook_point_out}:
+            if isinstance(edit, LatentEdit) and model.dictionary(edit.dictionary) is dictionary:
                 raise UserError(
-                    f"a trial changes latents of {other.name!r} at {other.hook_point!r}, where attribution to "
-                    f"{dictionary.name!r} takes its codes; attribute without it, or to a dictionary at another hook point"
+                    f"a trial changes latents of {dictionary.name!r} ({edit.operation}), the dictionary to attribute to; "
+                    "attribute without that edit, or measure it with exact_effects"
                 )
 
 
-def _attributed(passes: _Passes, steps: int) -> list[Found]:
+def _attributed(passes: _Passes, steps: int, groups: Tensor) -> list[Found]:
     scales = [(step + 0.5) / steps for step in range(steps)] or [1.0]
     code = passes.code
     by_latent = torch.zeros(len(code.entries.values), device=passes.x_out.device)
-    by_error = torch.zeros_like(code.error)
-    for scale in scales:
-        gradient = passes.gradient(code.decoded(scale) - code.decoded(1) if steps else None)
-        by_latent += code.to_latents(gradient, scale) / len(scales)
-        if steps:
-            gradient = passes.gradient((scale - 1) * code.error)
-        by_error += gradient / len(scales)
-    without = [passes.value(code.decoded(0) - code.decoded(1)), passes.value(-code.error)]
-    return list(_split(passes, by_latent * code.entries.values.float(), by_error, without))
+    without_latents, gradient = torch.zeros_like(passes.clean), torch.zeros_like(code.error)
+    for group in range(int(groups.max()) + 1):
+        members = groups == group
+        mine = members[code.entries.latents]
+        for scale in scales:
+            gradient = passes.gradient(code.change(members, scale) if steps else None)
+            by_latent[mine] += code.to_latents(gradient, members, scale) / len(scales)
+        without_latents += passes.clean - passes.value(code.change(members, 0.0))
+    if steps:
+        gradient = torch.stack([passes.gradient((scale - 1) * code.error) for scale in scales]).mean(0)
+    without_error = passes.clean - passes.value(-code.error)
+    return list(_split(passes, by_latent * code.entries.values.float(), gradient, (without_latents, without_error)))
 
 
 class _Passes:
@@ -160,16 +161,12 @@ class _Passes:
 
     @contextmanager
     def _replacing(self, added: Tensor | None, with_gradient: bool) -> Iterator[None]:
-        """Hold the model, with our hooks before those of the trials' interventions."""
-        armed = False
+        """Hold the model, with our hooks after those of the trials' interventions."""
 
         def look(x: Tensor) -> None:
-            if armed:
-                self._seen.setdefault(self._dictionary.hook_point, x.detach())
+            self._seen.setdefault(self._dictionary.hook_point, x.detach())
 
-        def replace(x: Tensor) -> Tensor | None:
-            if not armed:  # Interventions may read their sources on this model first.
-                return None
+        def replace(x: Tensor) -> Tensor:
             self._seen.setdefault(self._dictionary.hook_point_out, x.detach())
             leaf = x.detach().clone()
             if added is not None:
@@ -179,12 +176,9 @@ class _Passes:
                 self._leaf = leaf.requires_grad_()
             return leaf
 
-        clean = Batch([Trial(trial.tokens) for trial in self.batch.trials], self.batch.tokens, self.batch.mask)
-        with self._model.editing(clean), ExitStack() as hooks:
+        with self._model.editing(self.batch), ExitStack() as hooks:
             hooks.enter_context(self._model.hooked(self._dictionary.hook_point, look))
             hooks.enter_context(self._model.hooked(self._dictionary.hook_point_out, replace))
-            hooks.enter_context(self._model.editing(self.batch))
-            armed = True
             yield
 
 
@@ -199,38 +193,35 @@ class _Code:
         with torch.no_grad():
             self.entries = self._encoded()
             """Rows are tokens, those of all prompts one after the other."""
-            self._ends = [self._through(0.0), self._through(1.0)]
-            self.error = x_out[batch.mask].float() - self._ends[1]
+            self._full = self._decoded(torch.ones((), device=x.device))
+            self.error = x_out[batch.mask].float() - self._full
             """Shape (token, width out), in float32."""
 
-    def decoded(self, scale: float) -> Tensor:
-        """Return decode(scale · z), in float32, shape (token, width out)."""
-        empty, full = self._ends
-        if scale in (0, 1):
-            return full if scale else empty
-        if self._directions is not None:
-            return empty + scale * (full - empty)
+    def change(self, members: Tensor, scale: float) -> Tensor:
+        """Return what multiplying the activations of some latents by `scale` adds, shape (token, width out)."""
         with torch.no_grad():
-            return self._through(scale)
+            return self._decoded(_factors(members, scale)) - self._full
 
-    def to_latents(self, gradient: Tensor, scale: float) -> Tensor:
-        """Return the gradient at the entries of scale · z of that at what is decoded; shape (entries,)."""
-        if self._directions is None:
-            return self._back_through(gradient, scale)
+    def to_latents(self, gradient: Tensor, members: Tensor, scale: float) -> Tensor:
+        """Return the gradient at the entries of `members`, scaled as in `change`, of that at what is decoded."""
         rows, latents, _ = self.entries
+        mine = members[latents]
+        if self._directions is None:
+            return self._back_through(gradient, _factors(members, scale))[mine]
+        places = mine.nonzero()[:, 0]
         size = max(1, _GATHERED // gradient.shape[1])
         parts = [
-            (gradient[rows[start : start + size]] * self._directions[latents[start : start + size]].float()).sum(-1)
-            for start in range(0, len(rows), size)
+            (gradient[rows[some]] * self._directions[latents[some]].float()).sum(-1)
+            for some in torch.split(places, size)
         ]
-        return torch.cat(parts) if parts else gradient.new_zeros(0)
+        return torch.cat(parts)
 
-    def _back_through(self, gradient: Tensor, scale: float) -> Tensor:
+    def _back_through(self, gradient: Tensor, factors: Tensor) -> Tensor:
         parts = []
         for piece in self._pieces():
             rows, latents, _ = self._within(piece)
             with torch.enable_grad():
-                z = (self._dense(piece) * scale).requires_grad_()
+                z = (self._dense(piece) * factors).requires_grad_()
                 decoded = self._decode(z, piece)
             if not decoded.requires_grad:
                 raise UserError(
@@ -254,8 +245,9 @@ class _Code:
             found.append((rows + piece.start, latents, values))
         return SparseCode(*(torch.cat(column) for column in zip(*found, strict=True)))
 
-    def _through(self, scale: float) -> Tensor:
-        return torch.cat([self._decode(self._dense(piece) * scale, piece).float() for piece in self._pieces()])
+    def _decoded(self, factors: Tensor) -> Tensor:
+        """Return decode(factors · z) in float32, shape (token, width out)."""
+        return torch.cat([self._decode(self._dense(piece) * factors, piece).float() for piece in self._pieces()])
 
     def _decode(self, z: Tensor, piece: slice) -> Tensor:
         given = self._x[piece]
@@ -284,6 +276,10 @@ class _Code:
         for size in sizes:
             yield slice(start, start + size)
             start += size
+
+
+def _factors(members: Tensor, scale: float) -> Tensor:
+    return torch.where(members, scale, 1.0)
 
 
 def _split(passes: _Passes, by_latent: Tensor, gradient: Tensor, without: Sequence[Tensor]) -> Iterator[Found]:

@@ -149,8 +149,7 @@ def _fires(
 ) -> np.ndarray:
     """Return whether each latent fires anywhere on each prompt, shape (latent, prompt).
 
-    Vectors are read after the interventions at the hook point, but latents are ablated before some of them: where a
-    trial has an intervention, its latents count as firing.
+    Where a trial has an intervention, which may change these very latents, they count as firing.
     """
     chosen = torch.tensor([int(latent) for latent in latents], device=model.subject.device)
 
