@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from exegete.tools.errors import UserError
@@ -25,7 +26,7 @@ class Estimate(NamedTuple):
     n: int
 
 
-def estimate(values: Sequence[float], *, least: float = -math.inf) -> Estimate:
+def estimate(values: Sequence[float] | NDArray[np.float64], *, least: float = -math.inf) -> Estimate:
     """Return the mean of `values` with Student's 95 % interval.
 
     Args:
@@ -50,3 +51,17 @@ def estimate(values: Sequence[float], *, least: float = -math.inf) -> Estimate:
     sd = float(numbers.std(ddof=1))
     half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
     return Estimate(mean, max(least, mean - half), mean + half, sd, n)
+
+
+def estimate_from_moments(total: float, squares: float, n: int) -> Estimate:
+    """Return the estimate of n values from their sum and the sum of their squares.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    mean = estimate([total / n]).value
+    if n == 1:
+        return Estimate(mean, None, None, None, 1)
+    sd = math.sqrt(max(0.0, squares - n * mean * mean) / (n - 1))
+    half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, sd, n)

@@ -99,7 +99,7 @@ def match_strength(
     return match_strengths(
         model,
         [make],
-        [list(prompts)],
+        list(prompts),
         target_kl=target_kl,
         tolerance=tolerance,
         batches=batches,
@@ -164,6 +164,8 @@ def _sets(prompts: Prompts | Sequence[Prompts], count: int) -> list[Prompts]:
     given = list(prompts)
     if not given:
         raise UserError("there is no prompt to match the strength on; give at least one")
+    if text := [one for one in given if isinstance(one, str)]:
+        raise UserError(f"the prompt {text[0][:40]!r} is text; give its tokens: model.tokens(text)")
     shared = [one for one in given if len(one) and isinstance(one[0], int)]
     if shared:
         return [given] * count  # type: ignore[list-item]
@@ -226,6 +228,27 @@ class _Search:
             return []
         found = self._between(means) if means else self._start()
         return [strength for strength in dict.fromkeys(found) if strength not in self.tried]
+
+    def batch(self, model: LiveModel) -> list[tuple[float, Intervention]]:
+        """Return the strengths of the next batch with their interventions; none when the search is over.
+
+        Strengths that the subject's number format cannot hold are set down as too strong, without a run.
+        """
+        while strengths := self.proposals():
+            held: list[tuple[float, Intervention]] = []
+            for strength in sorted(strengths):
+                try:
+                    intervention = self.make(strength)
+                    model.check([Trial(self.prompts[0], intervention)])
+                    held.append((strength, intervention))
+                except UserError:
+                    # A weaker one could run, so it is the strength alone that is at fault.
+                    if not held and not self.tried:
+                        raise
+                    self.tried[strength] = [math.nan] * len(self.prompts)
+            if held:
+                return held
+        return []
 
     def _start(self) -> list[float]:
         lowest = -((self.aim.per_batch - 1) // 3)
@@ -313,17 +336,17 @@ def _search(model: LiveModel, searches: Sequence[_Search]) -> None:
         found: list[float] = kl_divergence(clean[wanted], reading.logits).tolist()
         return found
 
-    waiting = [(search, strengths) for search in searches if (strengths := search.proposals())]
+    waiting = [(search, tries) for search in searches if (tries := search.batch(model))]
     while waiting:
         trials = [
             Trial(tokens, intervention)
-            for search, strengths in waiting
-            for intervention in map(search.make, strengths)
+            for search, tries in waiting
+            for _, intervention in tries
             for tokens in search.prompts
         ]
         found = iter(model.run(trials, read))
-        for search, strengths in waiting:
-            for strength in strengths:
+        for search, tries in waiting:
+            for strength, _ in tries:
                 search.tried[strength] = list(itertools.islice(found, len(search.prompts)))
             search.batches += 1
-        waiting = [(search, strengths) for search, _ in waiting if (strengths := search.proposals())]
+        waiting = [(search, tries) for search, _ in waiting if (tries := search.batch(model))]
