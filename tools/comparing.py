@@ -55,6 +55,8 @@ Method = Literal["maxt", "bh"]
 Design = Literal["texts", "pairs", "strata", "clusters"]
 Groups = tuple[Sequence[Hashable], Sequence[Hashable]]
 
+ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+"""What a subject's number format moves activations by, as a share, with room."""
 PERMUTATIONS = 9_999
 """Of `maxt` by default: the standard error of an adjusted p of 0.05 is then 0.002."""
 
@@ -139,6 +141,7 @@ def compare(
     permutations: int | None = None,
     fdr: float = 0.05,
     seed: int = 0,
+    rounding: float = 1e-4,
 ) -> Comparison:
     """Return which latents differ between two sets of texts.
 
@@ -152,16 +155,20 @@ def compare(
             `bh` so many that `resolution ≤ fdr / tested`.
         fdr: false discovery rate to keep below, in 0 … 1.
         seed: of the permutations.
+        rounding: spread, as a share of a latent's root mean square, up to which it counts as constant. The length of a
+            prompt decides what it is batched with, and so moves activations a little; that is no difference of texts.
 
     Raises:
         UserError: a set is empty, has another number of latents than the other, or values that are not finite; design,
             groups, method, permutations or `fdr` make no sense; or the texts are so few that no p-value could reach `fdr`.
     """
     _check(design, groups, method, permutations, fdr)
+    if not 0 <= rounding < 1:
+        raise UserError(f"rounding is {rounding}; it is a share, for example 1e-4")
     units, labels = _units(_matrix(first, "first"), _matrix(second, "second"), design, groups)
     _require_enough(labels, permutations, fdr, design)
     fires = np.bincount(units.indices, minlength=units.shape[1]) > 0
-    found, varies = scores(units, labels)
+    found, varies = scores(units, labels, rounding)
     latents = np.flatnonzero(varies & (smallest_log_p(units, labels) <= math.log(fdr)))
     wanted = _permutations(permutations, method, len(latents), fdr)
     tested = (max_t if method == "maxt" else sequential)(found.of(latents), labels, wanted, seed)
@@ -203,7 +210,7 @@ def compare_prompts(
     sides = [
         _pooled(model, dictionary, prompts, pooling, name) for prompts, name in ((first, "first"), (second, "second"))
     ]
-    return compare(*sides, **options)
+    return compare(*sides, **{"rounding": ROUNDING[model.subject.dtype], **options})
 
 
 def compare_subjects(
@@ -236,7 +243,8 @@ def compare_subjects(
     require_shared(*dictionaries)
     pairs = zip((first, second), dictionaries, ("first", "second"), strict=True)
     sides = [_pooled(model, dictionary, prompts, pooling, name) for model, dictionary, name in pairs]
-    return compare(*sides, design="pairs", **options)
+    rounding = max(ROUNDING[model.subject.dtype] for model in (first, second))
+    return compare(*sides, design="pairs", **{"rounding": rounding, **options})
 
 
 def require_shared(first: Dictionary, second: Dictionary) -> None:

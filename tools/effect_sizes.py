@@ -20,7 +20,7 @@ _ENTRIES = 2**22
 _NORMAL = 1.959964
 """Of a 95 % interval."""
 _CONSTANT = 1e-24
-"""Variance, as a share of the mean square, that is rounding."""
+"""Variance, as a share of the mean square, that the means' own rounding makes."""
 
 
 def effect_sizes(units: csr_matrix, first: NDArray[np.bool_], *, pairs: bool = False) -> dict[str, F64]:
@@ -32,7 +32,7 @@ def effect_sizes(units: csr_matrix, first: NDArray[np.bool_], *, pairs: bool = F
         pairs: whether unit i of the first side belongs to unit i of the second.
     """
     size = max(1, _ENTRIES // units.shape[0])
-    columns = units.tocsc()
+    columns = units.astype(np.float64).tocsc()
     starts = range(0, max(1, units.shape[1]), size)
     parts = [_described(columns[:, start : start + size].toarray(), first, pairs) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -71,7 +71,8 @@ def _effect(sides: tuple[F64, F64], means: tuple[F64, F64], pairs: bool) -> tupl
     ]
     whole = [influences[0] + influences[1]] if pairs else influences
     error = np.sqrt(np.sum([(part**2).sum(0) for part in whole], axis=0))
-    infinite = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
+    equal = difference**2 <= _CONSTANT * mean_square
+    infinite = np.where(equal, 0.0, np.copysign(np.inf, difference))
     return np.where(constant, infinite, effect), np.where(constant, 0.0, error)
 
 

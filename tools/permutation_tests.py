@@ -153,12 +153,13 @@ class Tested:
         return 1 / (self.arrangements + (0 if self.listed else 1))
 
 
-def scores(matrix: csr_matrix, labels: Labels) -> tuple[Scores, NDArray[np.bool_]]:
-    """Return scores, and which latents vary within a stratum at all (the others have none: σ is 0).
+def scores(matrix: csr_matrix, labels: Labels, rounding: float = 1e-6) -> tuple[Scores, NDArray[np.bool_]]:
+    """Return scores, and which latents vary within strata at all (the scores of the others mean nothing).
 
     Args:
         matrix: shape (unit, latent), float64.
         labels: of the units.
+        rounding: spread within strata, as a share of the root mean square, up to which a latent counts as constant.
     """
     whole, first = (sizes.astype(np.float64) for sizes in labels.sizes)
     sums, squares = _by_stratum(matrix, labels), _by_stratum(matrix.multiply(matrix).tocsr(), labels)
@@ -166,7 +167,7 @@ def scores(matrix: csr_matrix, labels: Labels) -> tuple[Scores, NDArray[np.bool_
     weight = first * (whole - first) / (whole * np.maximum(whole - 1, 1))
     spread = squares.T @ weight
     variance = spread - sums.multiply(sums).T @ (weight / whole)
-    varies = variance > 1e-12 * spread
+    varies = variance > rounding**2 * spread
     deviation = np.sqrt(np.where(varies, variance, 1.0))
     seen = (matrix.T @ labels.first.astype(np.float64) - mean) / deviation
     return Scores(matrix.T.tocsr(), mean, deviation, seen), varies

@@ -139,6 +139,15 @@ def test_rare_and_constant_latents_are_counted_not_tested() -> None:
     assert found.columns["latent"].tolist() == [3, 4]
 
 
+def test_rounding_is_no_difference() -> None:
+    # What a batch's shape does to a latent that is the same everywhere.
+    noise = np.repeat([0.0, 1e-5], 20)[:, None]
+    assert compare(5 + noise[:20], 5 + noise[20:]).tested == 0
+    assert compare(5 + noise[:20], 5 + noise[20:], rounding=1e-7).discoveries
+    single = effect_sizes(csr_matrix(np.full((600, 1), 32.66, np.float32)), np.arange(600) < 290)
+    assert single["effect"].tolist() == [0.0]
+
+
 # Against straightforward implementations
 
 
@@ -343,6 +352,7 @@ GOOD = np.ones((10, 3))
         (GOOD, GOOD, {"method": "sam"}, "method 'sam' is not one of"),
         (GOOD, GOOD, {"permutations": 0}, "permutations is 0"),
         (GOOD, GOOD, {"permutations": 10}, "take at least 20"),
+        (GOOD, GOOD, {"rounding": -1}, "rounding is -1"),
         (GOOD, GOOD, {"fdr": 1.5}, "fdr is 1.5"),
         (GOOD, GOOD, {"fdr": float("nan")}, "fdr is nan"),
         (GOOD, GOOD, {"design": "strata"}, "no groups are given"),
