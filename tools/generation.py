@@ -7,6 +7,7 @@ changes nothing, so does the text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def generate(
             for dictionaries whose code depends on the whole context).
 
     Raises:
-        UserError: as `LiveModel.run`; or a prompt leaves no room, or `tokens` or `temperature` is out of range.
+        UserError: as `LiveModel.run`; or a prompt leaves no room, or `tokens` or `temperature` is out of range; or
+            an intervention is more than the subject's number format can hold.
     """
     check_generation(model, trials, tokens, temperature)
     room = model.subject.max_context
@@ -144,6 +146,8 @@ class _Writing:
     def continuations(self) -> list[Continuation]:
         tokens = torch.stack(self._tokens, 1).tolist()
         logprobs = torch.stack(self._logprobs, 1).tolist()
+        if any(math.isnan(number) for row in logprobs for number in row):
+            raise UserError("the model's logits are not numbers under an intervention; make its strength smaller")
         found = []
         for row, room in enumerate(self._rooms.tolist()):
             written = tokens[row][:room]

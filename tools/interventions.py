@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from exegete.tools.errors import UserError
@@ -56,6 +58,10 @@ class LatentEdit:
     """Of the draws of `resample`."""
 
     def __post_init__(self) -> None:
+        _set(self, dictionary=_text("dictionary", self.dictionary), latents=_integers("latents", self.latents))
+        _set(self, values=_numbers("values", self.values), positions=_positions(self.positions))
+        _set(self, sources=tuple(_integers("tokens", source) for source in _listed("sources", self.sources)))
+        _set(self, seed=_integers("seed", [self.seed])[0])
         _require(self.operation in OPERATIONS, f"operation {self.operation!r} is not one of {', '.join(OPERATIONS)}")
         _require(bool(self.latents), f"{self.operation}: no latent is given")
         _require(len(set(self.latents)) == len(self.latents), f"{self.operation}: a latent is given twice")
@@ -63,11 +69,11 @@ class LatentEdit:
         given = len(self.values)
         _require(given == wanted, f"{self.operation} of {len(self.latents)} latents takes {wanted} values, not {given}")
         _require_finite(self.operation, self.values)
-        if self.operation in _WITH_SOURCES:
-            _require(
-                bool(self.sources) and all(self.sources), f"{self.operation} needs a text to take activations from"
-            )
-            _require(self.operation != "patch" or len(self.sources) == 1, "patch takes activations from one prompt")
+        if self.operation not in _WITH_SOURCES:
+            _require(not self.sources, f"{self.operation} takes no activations from other texts")
+            return
+        _require(bool(self.sources) and all(self.sources), f"{self.operation} needs a text to take activations from")
+        _require(self.operation != "patch" or len(self.sources) == 1, "patch takes activations from one prompt")
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ class VectorEdit:
     project_out: bool = False
 
     def __post_init__(self) -> None:
+        _set(self, hook_point=_text("hook_point", self.hook_point), vector=_numbers("vector", self.vector))
+        _set(self, strength=_numbers("strength", [self.strength])[0], positions=_positions(self.positions))
+        _require(isinstance(self.project_out, bool), f"project_out is {self.project_out!r}, not true or false")
         _require_finite("strength", [self.strength])
         _require_finite("vector", self.vector)
         _require(any(self.vector), "the vector is zero and has no direction")
@@ -94,6 +103,13 @@ class Intervention:
     """Edits that are made together. `Intervention()` changes nothing."""
 
     edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        _set(self, edits=_listed("edits", self.edits))
+        wrong = [edit for edit in self.edits if not isinstance(edit, LatentEdit | VectorEdit)]
+        _require(
+            not wrong, f"{str(wrong)[:60]} are no edits; make them with steer, scale, clamp, ablate, patch or push"
+        )
 
     def __bool__(self) -> bool:
         return bool(self.edits)
@@ -118,37 +134,35 @@ class Intervention:
             UserError: the text is not one.
         """
         try:
-            return Intervention(tuple(_edit(facts) for facts in json.loads(text)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            edits = json.loads(text)
+            if not isinstance(edits, list):
+                raise TypeError("not a list of edits")
+            return Intervention(tuple(_edit(facts) for facts in edits))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{text[:80]!r} is no intervention ({error}); write it with Intervention.to_json()"
+                f"{str(text)[:80]!r} is no intervention ({error}); write it with Intervention.to_json()"
             ) from error
-
-
-CLEAN = Intervention()
-"""Nothing is changed."""
 
 
 def steer(
     dictionary: str, latents: Sequence[int], strength: float | Sequence[float], positions: Positions = "last"
 ) -> Intervention:
     """Return the intervention that adds `strength`, in units of activation, to each latent."""
-    values = _each(strength, latents)
-    return Intervention((LatentEdit(dictionary, tuple(latents), "add", values, positions),))
+    return Intervention((LatentEdit(dictionary, tuple(latents), "add", tuple(_each(strength, latents)), positions),))
 
 
 def scale(
     dictionary: str, latents: Sequence[int], factor: float | Sequence[float], positions: Positions = "all"
 ) -> Intervention:
     """Return the intervention that multiplies each latent's activation by `factor`."""
-    return Intervention((LatentEdit(dictionary, tuple(latents), "scale", _each(factor, latents), positions),))
+    return Intervention((LatentEdit(dictionary, tuple(latents), "scale", tuple(_each(factor, latents)), positions),))
 
 
 def clamp(
     dictionary: str, latents: Sequence[int], value: float | Sequence[float], positions: Positions = "all"
 ) -> Intervention:
     """Return the intervention that sets each latent's activation to `value`, also where it does not fire."""
-    return Intervention((LatentEdit(dictionary, tuple(latents), "clamp", _each(value, latents), positions),))
+    return Intervention((LatentEdit(dictionary, tuple(latents), "clamp", tuple(_each(value, latents)), positions),))
 
 
 def ablate(
@@ -173,7 +187,7 @@ def ablate(
     _require(means is None or texts is None, "ablate takes means or texts, not both")
     edit = LatentEdit(dictionary, tuple(latents), "zero", (), positions)
     if means is not None:
-        edit = LatentEdit(dictionary, tuple(latents), "mean", tuple(map(float, means)), positions)
+        edit = LatentEdit(dictionary, tuple(latents), "mean", tuple(means), positions)
     if texts is not None:
         sources = tuple(tuple(text) for text in texts)
         edit = LatentEdit(dictionary, tuple(latents), "resample", (), positions, sources, seed)
@@ -190,27 +204,65 @@ def patch(dictionary: str, latents: Sequence[int], source: Sequence[int], positi
 
 def push(hook_point: str, vector: Sequence[float], strength: float, positions: Positions = "last") -> Intervention:
     """Return the intervention that adds `strength · vector` at a hook point."""
-    return Intervention((VectorEdit(hook_point, tuple(map(float, vector)), float(strength), positions),))
+    return Intervention((VectorEdit(hook_point, tuple(vector), strength, positions),))
 
 
 def project_out(hook_point: str, vector: Sequence[float], positions: Positions = "all") -> Intervention:
     """Return the intervention that removes the component along `vector` (directional ablation, Arditi et al. 2024)."""
-    return Intervention((VectorEdit(hook_point, tuple(map(float, vector)), 1.0, positions, True),))
+    return Intervention((VectorEdit(hook_point, tuple(vector), 1.0, positions, True),))
 
 
-def _each(value: float | Sequence[float], latents: Sequence[int]) -> tuple[float, ...]:
-    if isinstance(value, (int, float)):
-        return (float(value),) * len(latents)
-    return tuple(map(float, value))
+def _each(value: float | Sequence[float], latents: Sequence[int]) -> Sequence[float]:
+    single = isinstance(value, Real) or getattr(value, "ndim", None) == 0
+    return (value,) * len(latents) if single else value  # type: ignore[return-value]
 
 
 def _edit(facts: Mapping[str, Any]) -> Edit:
-    positions = facts["positions"]
-    named = dict(facts) | {"positions": positions if isinstance(positions, str) else tuple(positions)}
-    if "vector" in named:
-        return VectorEdit(**named | {"vector": tuple(named["vector"])})
-    lists = {"latents": tuple(named["latents"]), "values": tuple(named["values"])}
-    return LatentEdit(**named | lists | {"sources": tuple(tuple(source) for source in named["sources"])})
+    if not isinstance(facts, dict):
+        raise TypeError("an edit is not an object")
+    return VectorEdit(**facts) if "vector" in facts else LatentEdit(**facts)
+
+
+# Equal edits must have equal ids, whatever kind of numbers and lists they were made from.
+
+
+def _set(edit: Any, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(edit, name, value)
+
+
+def _text(what: str, value: str) -> str:
+    _require(isinstance(value, str) and bool(value), f"{what} is {value!r}; it must be a name")
+    return value
+
+
+def _listed(what: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError as error:
+        raise UserError(f"{what} are {values!r}; give a list") from error
+
+
+def _integers(what: str, values: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(int(operator.index(value)) for value in _listed(what, values))
+    except TypeError as error:
+        raise UserError(f"{what}: {str(values)[:60]} must be whole numbers") from error
+
+
+def _numbers(what: str, values: Iterable[float]) -> tuple[float, ...]:
+    try:
+        # `+ 0.0` makes of −0 a 0, which it equals.
+        return tuple(math.fsum([value]) + 0.0 for value in _listed(what, values))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what}: {str(values)[:60]} must be numbers") from error
+
+
+def _positions(positions: Positions) -> Positions:
+    if isinstance(positions, str):
+        _require(positions in ("all", "last"), f'positions are {positions!r}; give "all", "last" or numbers')
+        return positions
+    return _integers("positions", positions)
 
 
 def _require_finite(what: str, values: Sequence[float]) -> None:
@@ -221,3 +273,7 @@ def _require_finite(what: str, values: Sequence[float]) -> None:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+CLEAN = Intervention()
+"""Nothing is changed."""

@@ -7,12 +7,16 @@ of a wrong position or mask cannot hide below the tolerances.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from exegete.tools.live_model import LiveModel
 from exegete.tools.subject import Subject, subject_from_model
+
+torch.set_num_threads(1)  # So small, threads only wait for each other.
 
 WIDTH, LAYERS, CONTEXT, WORDS = 32, 3, 48, 60
 VOCABULARY = WORDS + 1
@@ -79,6 +83,11 @@ def bare(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Return random words."""
+    return tuple(torch.randint(1, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder layers of a bare model."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
@@ -100,6 +109,23 @@ def tokenizer(**special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<e>", **special)
 
 
+@cache
 def tiny_subject(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **special: str) -> Subject:
-    """Return the subject of `bare(family, seed, dtype)`."""
+    """Return the subject of `bare(family, seed, dtype)`, always the same."""
     return subject_from_model(bare(family, seed, dtype), tokenizer(**special), f"tiny-{family}")
+
+
+class Device:
+    """Fails as a device does, where more rows than `room` run at once."""
+
+    def __init__(self, model: LiveModel, room: int, error: Exception | None = None) -> None:
+        self.rows: list[int] = []
+        run = model.logits
+
+        def logits(tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
+            self.rows.append(len(tokens))
+            if len(tokens) > room:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
+            return run(tokens, mask, **options)
+
+        model.logits = logits  # type: ignore[method-assign]
