@@ -46,6 +46,7 @@ def opaque(dictionary: Dictionary, encode: Any, *, conditioned: bool = False, la
         dtype="float32",
         encoder=encode,
         decoder=lambda z, given: z,
+        directions=torch.zeros(latents or dictionary.latents, dictionary.width),
         conditioned=conditioned,
     )
 
