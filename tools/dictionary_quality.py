@@ -77,6 +77,8 @@ class ErrorShares:
     squared_norm_floor: Estimate | None = None
     fvu_non_linear: Estimate | None = None
     """Squared error that is not predicted, over the variance of the target."""
+    ridge: float | None = None
+    """Penalty of the fit of `linear`, relative to the mean variance of the input."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,6 @@ def dictionary_quality(
     dictionary: str | None = None,
     *,
     seed: int = 0,
-    ridge: float = 1e-6,
 ) -> Quality:
     """Measure a dictionary on contexts.
 
@@ -121,20 +122,17 @@ def dictionary_quality(
         contexts: tokens, as `LiveModel.tokens` makes them, or `CorpusContexts`. They are read three times.
         dictionary: name or fingerprint; None: the only one.
         seed: of which half of the contexts the error is fitted on.
-        ridge: penalty of that fit, relative to the mean square of the input.
 
     Raises:
         UserError: there is no context, or none with text; one is too long; no such dictionary is attached; the vectors
-            or the reconstruction are not finite, or do not vary; `ridge` is negative.
+            or the reconstruction are not finite, or do not vary.
     """
-    if not 0 <= ridge < float("inf"):
-        raise UserError(f"ridge is {ridge}; it must be a finite number, at least 0")
     if not len(contexts):
         raise UserError("there is no context to measure on; give at least one")
     measuring = _Measuring(model, model.dictionary(dictionary), contexts, seed)
     measuring.take_means()
     measuring.compare()
-    return measuring.quality(measuring.shares(ridge))
+    return measuring.quality(measuring.shares())
 
 
 @dataclass(frozen=True)
@@ -237,13 +235,13 @@ class _Measuring:
                 found[name] = loss(self.model.logits(batch.tokens, batch.mask, last=False), batch.tokens, predicted)
         return found
 
-    def shares(self, ridge: float) -> ErrorShares:
+    def shares(self) -> ErrorShares:
         """Fit the error on half of the contexts, and take the shares on the other half."""
         tokens = np.array(self._sums["tokens"], np.int64)
         counts = int(tokens[self._is_fitted].sum()), int(tokens[~self._is_fitted].sum())
         if counts[0] < 2 * (self.dictionary.width + 1) or not counts[1]:
             return ErrorShares("too few tokens", *counts)
-        fitted = self._regression.fit(ridge)
+        fitted = self._regression.fit()
         held_out = [int(number) for number in np.flatnonzero(~self._is_fitted & (tokens > 0))]
         columns: dict[str, list[tuple[float, float]]] = {}
         for found in self._pass(lambda reading: self._evaluated(reading, fitted), "none", held_out):
@@ -263,6 +261,7 @@ class _Measuring:
             squared_norm=explained["squared_norm"],
             squared_norm_floor=explained["squared_norm_floor"],
             fvu_non_linear=remaining["fvu"],
+            ridge=fitted.ridge,
         )
 
     def _evaluated(self, reading: Reading, fitted: FittedError) -> list[dict[str, tuple[float, float]]]:

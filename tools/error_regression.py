@@ -1,7 +1,8 @@
 """How much of a dictionary's error a linear map of its input predicts (Engels et al. 2024, arXiv 2410.14670, section 4).
 
 1. Normal equations of a ridge regression from the input to the error vector and to its squared norm are summed up token
-   by token in float64, so that memory does not grow with the tokens.
+   by token in float64, so that memory does not grow with the tokens. The penalty of each target is the one of a ladder
+   that generalised cross-validation prefers (Golub, Heath, Wahba 1979), which these sums suffice for.
 2. Beside the true targets stand those of another token of the same context: what a fit of nothing reaches, the floor.
 3. Shares of variance are taken on contexts that the fit has not seen: 1 − squared residuals / squared deviations from the
    mean of the fitted contexts.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RIDGES = tuple(10.0**power for power in range(-8, 4))
 TARGETS = ("error", "squared_norm", "error_floor", "squared_norm_floor")
 
 
@@ -26,9 +28,10 @@ class ErrorRegression:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        width = len(self.shift) + 1
+        width, targets = len(self.shift) + 1, 2 * (self.width_out + 1)
         self._gram = self.shift.new_zeros((width, width), dtype=torch.float64)
-        self._products = self.shift.new_zeros((width, 2 * (self.width_out + 1)), dtype=torch.float64)
+        self._products = self.shift.new_zeros((width, targets), dtype=torch.float64)
+        self._squares = self.shift.new_zeros(targets, dtype=torch.float64)
 
     def add(self, x: Tensor, error: Tensor) -> None:
         """Add one context: vectors (token, width) and the errors there (token, width out)."""
@@ -36,18 +39,25 @@ class ErrorRegression:
         self.tokens += len(x)
         self._gram += inputs.T @ inputs
         self._products += inputs.T @ targets
+        self._squares += targets.square().sum(0)
 
-    def fit(self, ridge: float) -> FittedError:
-        """Return the fit, with a penalty of `ridge` times the mean square of the input on every weight but the constant."""
-        penalty = ridge * self._gram.diagonal()[:-1].mean()
-        penalties = torch.full_like(self._gram.diagonal(), float(penalty))
-        penalties[-1] = 0
-        weights = torch.linalg.lstsq(self._gram + penalties.diag(), self._products, driver=self._driver()).solution
-        return FittedError(self, weights, self._products[-1] / self.tokens)
+    def fit(self) -> FittedError:
+        """Return the fit to what was added."""
+        mean_input, means = self._gram[-1, :-1] / self.tokens, self._products[-1] / self.tokens
+        covariance = self._gram[:-1, :-1] - self.tokens * torch.outer(mean_input, mean_input)
+        products = self._products[:-1] - self.tokens * torch.outer(mean_input, means)
+        squares = self._squares - self.tokens * means.square()
+        scales, axes = torch.linalg.eigh(covariance)
+        scales = scales.clamp_min(0)
+        groups = zip(self._groups(axes.T @ products), self._groups(squares[None]), strict=True)
+        fits = [_chosen(scales, product, float(square.sum()), self.tokens) for product, square in groups]
+        slopes = axes @ torch.cat([weights for weights, _ in fits], 1)
+        weights = torch.cat([slopes, (means - mean_input @ slopes)[None]])
+        return FittedError(self, weights, means, fits[0][1])
 
-    def _driver(self) -> str:
-        # On the CPU one that also takes inputs of less than full rank.
-        return "gelsd" if self._gram.device.type == "cpu" else "gels"
+    def _groups(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the columns of each of TARGETS."""
+        return torch.split(values, [self.width_out, 1, self.width_out, 1], dim=1)
 
     def _inputs(self, x: Tensor) -> Tensor:
         shifted = x.double() - self.shift
@@ -61,15 +71,31 @@ class FittedError:
     regression: ErrorRegression
     weights: Tensor
     means: Tensor
+    ridge: float
+    """Penalty on the weights of the error vector, relative to the mean variance of the input."""
 
     def squares(self, x: Tensor, error: Tensor) -> dict[str, tuple[float, float]]:
         """Return for each of TARGETS, over one context, its squared residuals and its squared deviations from the mean."""
         targets = _targets(error)
         residuals = (targets - self.regression._inputs(x) @ self.weights).square().sum(0)
         deviations = (targets - self.means).square().sum(0)
-        width = self.regression.width_out
-        parts = torch.split(torch.stack([residuals, deviations]), [width, 1, width, 1], dim=1)
+        parts = self.regression._groups(torch.stack([residuals, deviations]))
         return {name: (float(part[0].sum()), float(part[1].sum())) for name, part in zip(TARGETS, parts, strict=True)}
+
+
+def _chosen(scales: Tensor, products: Tensor, squares: float, tokens: int) -> tuple[Tensor, float]:
+    """Return weights along the input's axes, shape (axis, target), and their ridge: the one of the least GCV score."""
+    best: tuple[float, Tensor, float] | None = None
+    for ridge in RIDGES:
+        shrunk = scales + max(ridge * float(scales.mean()), torch.finfo(torch.float64).tiny)
+        weights = products / shrunk[:, None]
+        residual = squares - 2 * float((products * weights).sum()) + float((scales[:, None] * weights.square()).sum())
+        free = 1 - (1 + float((scales / shrunk).sum())) / tokens
+        score = max(residual, 0.0) / free**2 if free > 0 else float("inf")
+        if best is None or score < best[0]:
+            best = (score, weights, ridge)
+    assert best is not None
+    return best[1], best[2]
 
 
 def _targets(error: Tensor) -> Tensor:

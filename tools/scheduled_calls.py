@@ -5,11 +5,12 @@ Nothing here but `Call` knows of threads: the scheduler guards the queue with it
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -219,7 +220,7 @@ class Read:
     def perform(self, model: LiveModel, items: Sequence[Item], count: Count) -> None:
         """Run one batch, and give each call its own rows to read."""
         # The model may sort and split: each trial is found again by a copy of its own.
-        owners = {id(copy): (item, copy) for item in items for copy in [replace(item.trial)]}
+        owners = {id(copied): (item, copied) for item in items for copied in [copy.copy(item.trial)]}
         again: list[Call] = []
 
         def share(reading: Reading) -> list[None]:
@@ -228,7 +229,7 @@ class Read:
             again.extend(call for call in calls_of(found) if not _shared(call, found, reading))
             return [None] * len(found)
 
-        model.run([copy for _, copy in owners.values()], share, keep=self.keep, points=self.points)
+        model.run([copied for _, copied in owners.values()], share, keep=self.keep, points=self.points)
         for call in dict.fromkeys(again):
             self._alone(model, call, [item for item in items if item.call is call and item.wanted])
 

@@ -28,6 +28,7 @@ import torch
 
 from exegete.tools.errors import UserError
 from exegete.tools.generation import Continuation
+from exegete.tools.interventions import VectorEdit
 from exegete.tools.live_model import Keep, LiveModel, Reading, Trial
 from exegete.tools.scheduled_calls import Call, Caller, Generate, Item, Job, Queue, Read, Reader, calls_of
 
@@ -37,6 +38,8 @@ CPU_BATCH_TOKENS = 1_024
 """Where batches are no longer faster the larger they are: what a layer writes then leaves the caches."""
 _ROUND_BATCHES = 4
 """Sorted by length together. More would pad less, and keep a newcomer waiting for longer."""
+_CHECKED_AT_ONCE = 64
+"""Trials; of more, the check gets a thread, and the other tasks go on."""
 _LONGEST_WAIT = 10
 """Times `waiting_s`, for a round to fill up while calls keep coming in."""
 
@@ -143,7 +146,7 @@ class Scheduler:
             UserError: as `LiveModel.run`; or the scheduler, or the caller, is closed.
         """
         call = self._call(trials, Read(keep, tuple(points)), caller, read)
-        await asyncio.to_thread(call.job.check, self._model, call.trials)
+        await self._checked(call)
         return await asyncio.wrap_future(self._submit(call))
 
     def run_blocking(
@@ -174,7 +177,7 @@ class Scheduler:
             UserError: as there; or the scheduler, or the caller, is closed.
         """
         call = self._call(trials, Generate(tokens, temperature, seed, cache), caller)
-        await asyncio.to_thread(call.job.check, self._model, call.trials)
+        await self._checked(call)
         return await asyncio.wrap_future(self._submit(call))
 
     def generate_blocking(
@@ -202,6 +205,15 @@ class Scheduler:
         if threading.current_thread() is self._worker:
             raise RuntimeError("a read function cannot wait for a call of its own scheduler: return first, then call")
         return Call(caller or self.caller(), job, tuple(trials), read)
+
+    async def _checked(self, call: Call) -> None:
+        if len(call.trials) <= _CHECKED_AT_ONCE and not any(
+            isinstance(edit, VectorEdit) for trial in call.trials for edit in trial.intervention.edits
+        ):
+            call.job.check(self._model, call.trials)
+        else:
+            # Takes long, or tries the hook point out, for which the model must be free.
+            await asyncio.to_thread(call.job.check, self._model, call.trials)
 
     def _result(self, call: Call) -> list[Any]:
         call.job.check(self._model, call.trials)
