@@ -50,7 +50,8 @@ def last_logits(model: LiveModel, trials: list[Trial]) -> Tensor:
 
 
 def all_logits(model: LiveModel, trial: Trial) -> Tensor:
-    return model.run([trial], lambda reading: list(reading.logits), keep="all")[0]
+    logits: Tensor = model.run([trial], lambda reading: list(reading.logits), keep="all")[0]
+    return logits
 
 
 def firing(family: str, d: PlainDictionary, tokens: tuple[int, ...]) -> list[int]:
@@ -65,9 +66,9 @@ def firing(family: str, d: PlainDictionary, tokens: tuple[int, ...]) -> list[int
 
 @contextmanager
 def plain_hook(model: Any, point: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    layer = decoder_layers(model)[int(point.split(".")[1])]
+    layer: Any = decoder_layers(model)[int(point.split(".")[1])]
     name = point.split(".", 2)[2]
-    attention = next(part for key, part in layer.named_children() if "attn" in key or key == "attention")
+    attention: Any = next(part for key, part in layer.named_children() if "attn" in key or key == "attention")
     post_norm = hasattr(layer, "pre_feedforward_layernorm")
 
     def after(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -368,7 +369,8 @@ def test_resampling_draws_whole_tokens_and_depends_on_the_prompt_alone() -> None
                 model.run([trial], read, points=[POST]),
             )
             error = clean[0] - d.decode(d.encode(clean[0]))
-            return changed[0] - error  # = decode(z'), z' one of the source's
+            decoded: Tensor = changed[0] - error  # = decode(z'), z' one of the source's
+        return decoded
 
     tokens = torch.cdist(drawn(0), d.decode(source)).min(1)
     assert tokens.values.max() < 1e-3 and len(set(tokens.indices.tolist())) > 5
@@ -385,18 +387,31 @@ def test_only_special_tokens_give_nothing_to_draw_from() -> None:
 def test_sources_are_read_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     d = coder("llama", POST)
     model = LiveModel(tiny_subject("llama"), [d])
-    edits = [ablate(d.fingerprint, [1, 2], texts=[OTHER], seed=seed).edits[0] for seed in range(5)]
-    edits.append(replace(edits[0], positions="last", dictionary=d.name))
+    resampled = LatentEdit(d.fingerprint, (1, 2), "resample", (), "all", (OTHER,))
+    edits = [replace(resampled, seed=seed) for seed in range(5)]
+    edits.append(replace(resampled, positions="last", dictionary=d.name))
     with torch.inference_mode():
-        found = [model.source_codes(edit) for edit in edits if isinstance(edit, LatentEdit)]
+        found = [model.source_codes(edit) for edit in edits]
     assert all(one is found[0] for one in found) and not found[0].is_inference()
     expected = d.encode(tiny_subject("llama").residual(torch.tensor([OTHER]), POST)[0])[:, [1, 2]]
     torch.testing.assert_close(found[0], expected.clone(), atol=1e-4, rtol=0)
     monkeypatch.setattr("exegete.tools.live_model._SOURCES_KEPT", 60)
-    for latent in range(9):
-        edit = patch(d.fingerprint, [latent], OTHER).edits[0]
-        assert isinstance(edit, LatentEdit) and model.source_codes(edit).shape == (12, 1)
-    assert sum(kept.numel() for kept in model._sources.values()) <= 60
+    model = LiveModel(tiny_subject("llama"), [d])
+    ran = torch.zeros(())
+
+    def count(x: Tensor) -> None:
+        ran.add_(1)
+
+    with model.hooked("hook_embed", count):
+        for latent in (1, 2, 3, 4, 5, 6, 7, 7, 1):
+            source = replace(resampled, latents=(latent,))
+            torch.testing.assert_close(
+                model.source_codes(source),
+                d.encode(tiny_subject("llama").residual(torch.tensor([OTHER]), POST)[0])[:, [latent]].clone(),
+                atol=1e-4,
+                rtol=0,
+            )
+    assert float(ran) == 8  # The 7 was kept; there was no room for the 1.
 
 
 def hooks(model: LiveModel) -> int:
@@ -589,11 +604,10 @@ def test_a_padding_token_that_the_model_never_saw_does_not_matter() -> None:
 def test_dictionaries_that_do_not_fit_are_refused() -> None:
     subject, d = tiny_subject("llama"), coder("llama", POST)
     mlp = "blocks.1.mlp.hook_post"
-    out = {"output": MLP}
     bad: list[tuple[Any, str]] = [
         (replace(d, hook_point=mlp), r"takes vectors of width 32, but subject 'tiny-llama' has width 64 at 'blocks.1.mlp"),
         (replace(d, hook_point="blocks.7.hook_resid_post"), r"no hook point 'blocks.7.hook_resid_post'"),
-        (replace(d, **out, decoder=d.decoder[:, :1]), r"writes vectors of width 1, but subject 'tiny-llama' has width 32"),
+        (replace(d, output=MLP, decoder=d.decoder[:, :1]), r"writes vectors of width 1, but subject 'tiny-llama' has width 32"),
         (replace(d, output=POST_0), r"writes at 'blocks.0.hook_resid_post' before it reads at"),
         (d.to(device="meta"), r"is on meta, subject 'tiny-llama' on cpu; load both on one device"),
     ]  # fmt: skip

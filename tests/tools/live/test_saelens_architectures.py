@@ -120,7 +120,7 @@ def saelens(kind: Kind, folder: Path, subject: Subject) -> tuple[Dictionary, Mad
     heads = kind.options.get("reshape_activations") == "hook_z"
 
     def encode(x: Tensor) -> Tensor:
-        z: Tensor = library.encode(x.unflatten(-1, (4, -1)) if heads else x)
+        z: Tensor = library.encode(x.reshape(*x.shape[:-1], 4, -1) if heads else x)
         return z
 
     def decode(z: Tensor, given: Tensor) -> Tensor:
