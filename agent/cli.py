@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exegete.agent import instrument_cli
 from exegete.tools.errors import ExegeteError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 evidence_app = typer.Typer(help="Bring evidence in from elsewhere, or hand it on, as JSON lines.", no_args_is_help=True)
 app.add_typer(evidence_app, name="evidence")
+app.registered_commands += instrument_cli.app.registered_commands
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 SetOption = Annotated[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +117,19 @@ def open_dictionary(path: str, subject: Subject) -> Dictionary:
         UserError: there is none, it does not fit the subject, or it is damaged.
     """
     from exegete.tools import bundled
+    from exegete.tools.dictionaries import PlainDictionary
     from exegete.tools.dictionary_loaders import load_dictionary
 
+    wanted = path
     if path == f"{BUNDLED}:demo":
         path = str(bundled.dictionary_path("demo"))
     elif path == f"{BUNDLED}:tests":
         path = str(bundled.dictionary_path("tests"))
-    return load_dictionary(path, subject)
+    dictionary = load_dictionary(path, subject)
+    if path != wanted and isinstance(dictionary, PlainDictionary):
+        # Known by its name, wherever the package is installed.
+        return replace(dictionary, name=wanted)
+    return dictionary
 
 
 def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progress) -> Corpus:
