@@ -25,6 +25,17 @@ def model(subject: Subject, dictionary: Dictionary) -> LiveModel:
     return LiveModel(subject, [dictionary])
 
 
+@pytest.fixture(scope="module")
+def few(prompts: list[Tokens]) -> list[Tokens]:
+    return prompts[:5]
+
+
+@pytest.fixture(scope="module")
+def alone(model: LiveModel, dictionary: Dictionary, few: list[Tokens]) -> list[Any]:
+    """The code of each prompt that runs alone, shape (token, latent)."""
+    return [dense(model, dictionary, prompt) for prompt in few]
+
+
 def dense(model: LiveModel, dictionary: Dictionary, prompt: Tokens) -> Any:
     """The code of one prompt that runs alone, shape (token, latent)."""
     x = model.subject.residual(torch.tensor([prompt]), dictionary.hook_point)
@@ -51,12 +62,12 @@ def opaque(dictionary: Dictionary, encode: Any, *, conditioned: bool = False, la
     )
 
 
-def test_batched_equals_single(model: LiveModel, dictionary: Dictionary, prompts: list[Tokens]) -> None:
-    found = activations(model, dictionary, prompts, LATENTS)
-    for prompt, values in zip(prompts, found, strict=True):
+def test_batched_equals_single(model: LiveModel, dictionary: Dictionary, few: list[Tokens], alone: list[Any]) -> None:
+    found = activations(model, dictionary, few, LATENTS)
+    for prompt, values, code in zip(few, found, alone, strict=True):
         assert values.shape == (len(prompt), len(LATENTS))
-        np.testing.assert_allclose(values, dense(model, dictionary, prompt)[:, LATENTS], atol=1e-4)
-        np.testing.assert_allclose(values, activations(model, dictionary, [prompt], LATENTS)[0], atol=1e-4)
+        np.testing.assert_allclose(values, code[:, LATENTS], atol=1e-4)
+    np.testing.assert_allclose(found[0], activations(model, dictionary, few[:1], LATENTS)[0], atol=1e-4)
 
 
 def test_latents_come_in_the_order_asked_for(model: LiveModel, dictionary: Dictionary, prompts: list[Tokens]) -> None:
@@ -67,35 +78,36 @@ def test_latents_come_in_the_order_asked_for(model: LiveModel, dictionary: Dicti
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 def test_pooled_is_the_dense_code_pooled(
-    pooling: Any, model: LiveModel, dictionary: Dictionary, prompts: list[Tokens]
+    pooling: Any, model: LiveModel, dictionary: Dictionary, few: list[Tokens], alone: list[Any]
 ) -> None:
-    found = pooled(model, dictionary, prompts, pooling)
-    assert found.shape == (len(prompts), dictionary.latents)
+    found = pooled(model, dictionary, few, pooling)
+    assert found.shape == (len(few), dictionary.latents)
     assert found.dtype == np.float32
     assert found.has_canonical_format
-    for row, prompt in enumerate(prompts):
-        code = dense(model, dictionary, prompt)[spelled(model, prompt)]
+    for row, prompt in enumerate(few):
+        code = alone[row][spelled(model, prompt)]
         expected = code.max(0) if pooling == "max" else code.mean(0)
         np.testing.assert_allclose(found[row].toarray()[0], expected, atol=1e-4)
 
 
 def test_small_blocks_give_the_same(
-    model: LiveModel, dictionary: Dictionary, prompts: list[Tokens], monkeypatch: pytest.MonkeyPatch
+    model: LiveModel, dictionary: Dictionary, few: list[Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds: tuple[Pooling, ...] = ("max", "mean")
-    whole = {pooling: pooled(model, dictionary, prompts, pooling) for pooling in kinds}
-    tops = top_latents(model, dictionary, prompts[:3], 4)
+    whole = {pooling: pooled(model, dictionary, few, pooling) for pooling in kinds}
+    tops = top_latents(model, dictionary, few[:3], 4)
     monkeypatch.setattr("exegete.tools.codes._ENTRIES", 7 * dictionary.latents)
     for pooling, expected in whole.items():
-        found = pooled(model, dictionary, prompts, pooling)
+        found = pooled(model, dictionary, few, pooling)
         np.testing.assert_allclose(found.toarray(), expected.toarray(), atol=1e-4)
-    again = top_latents(model, dictionary, prompts[:3], 4)
+    again = top_latents(model, dictionary, few[:3], 4)
     assert [[a.latent for a in one.text] for one in again] == [[a.latent for a in one.text] for one in tops]
 
 
-def test_top_latents_of_tokens_and_texts(model: LiveModel, dictionary: Dictionary, prompts: list[Tokens]) -> None:
-    for prompt, found in zip(prompts, top_latents(model, dictionary, prompts, 5), strict=True):
-        code = dense(model, dictionary, prompt)
+def test_top_latents_of_tokens_and_texts(
+    model: LiveModel, dictionary: Dictionary, few: list[Tokens], alone: list[Any]
+) -> None:
+    for prompt, found, code in zip(few, top_latents(model, dictionary, few, 5), alone, strict=True):
         assert len(found.tokens) == len(prompt)
         for position, (token, actives) in enumerate(zip(code, found.tokens, strict=True)):
             np.testing.assert_allclose([a.value for a in actives], np.sort(token)[::-1][:5], atol=1e-4)
@@ -134,16 +146,16 @@ def test_signed_codes_pool_by_magnitude(conditioned: bool, subject: Subject, dic
 
 
 def test_conditioned_dictionaries_see_whole_prompts(
-    subject: Subject, dictionary: Dictionary, prompts: list[Tokens]
+    subject: Subject, dictionary: Dictionary, few: list[Tokens]
 ) -> None:
     def encode(x: Tensor) -> Tensor:
         return x[..., :8].relu() + x[..., :8].mean(1, keepdim=True).relu()
 
     coder = opaque(dictionary, encode, conditioned=True, latents=8)
     model = LiveModel(subject, [coder])
-    found = activations(model, coder, prompts, list(range(8)))
-    matrix = pooled(model, coder, prompts, "mean").toarray()
-    for row, prompt in enumerate(prompts):
+    found = activations(model, coder, few, list(range(8)))
+    matrix = pooled(model, coder, few, "mean").toarray()
+    for row, prompt in enumerate(few):
         code = dense(model, coder, prompt)
         np.testing.assert_allclose(found[row], code, atol=1e-4)
         np.testing.assert_allclose(matrix[row], code[spelled(model, prompt)].mean(0), atol=1e-4)
