@@ -1,12 +1,18 @@
-"""The nearest latents of each latent: by decoder cosine, or by co-firing where there is no linear decoder."""
+"""The nearest latents of each latent: by decoder cosine, or by co-firing where there is no linear decoder.
+
+Cosines are taken in blocks of so many rows and columns, of which the best are kept: a million latents need no matrix of
+a million by a million. For co-firing with counts see `exegete.tools.cofiring`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from exegete.tools.errors import UserError
 from exegete.tools.hard_negatives import PoolFirings
 from exegete.tools.sampling import F32, I64
 
@@ -38,27 +44,57 @@ def nearest_latents(dictionary: Dictionary, firings: PoolFirings, count: int) ->
     return neighbours, cosines, source
 
 
-def nearest(vectors: Tensor, count: int) -> tuple[I64, F32]:
-    """Return the `count` other rows of highest cosine to each row of `vectors` (row, width), and these cosines."""
+def decoder_neighbours(dictionary: Dictionary, latents: Sequence[int], count: int) -> tuple[I64, F32]:
+    """Return the `count` other latents of highest decoder cosine to each of `latents`, nearest first, and the cosines.
+
+    Returns:
+        Latents and cosines, both of shape (latent asked for, neighbour).
+
+    Raises:
+        UserError: there is no such latent or neighbour, or the decoder is no linear map.
+    """
+    directions = dictionary.decoder_directions()
+    if directions is None:
+        raise UserError(
+            f"dictionary {dictionary.name!r} has no decoder directions, since its decoder is no linear map; ask for "
+            "neighbours by co-firing"
+        )
+    if wrong := [latent for latent in latents if not 0 <= latent < dictionary.latents]:
+        raise UserError(
+            f"dictionary {dictionary.name!r} has no latent {wrong[0]}; it has 0 to {dictionary.latents - 1}"
+        )
+    if not len(latents) or not 1 <= count < dictionary.latents:
+        raise UserError(
+            f"{count} neighbours of {len(latents)} latents are asked for; give at least one latent, and 1 to "
+            f"{dictionary.latents - 1} neighbours"
+        )
+    return nearest(directions, count, latents)
+
+
+def nearest(vectors: Tensor, count: int, chosen: Sequence[int] | None = None) -> tuple[I64, F32]:
+    """Return the `count` other rows of highest cosine to each row of `vectors` (row, width), and these cosines.
+
+    `chosen`: only for these rows.
+    """
     import torch
 
     with torch.inference_mode():
         unit = torch.nn.functional.normalize(vectors.float(), dim=1)
-        total = len(unit)
-        found = [_nearest_of(unit, start, min(start + _ROWS, total), count) for start in range(0, total, _ROWS)]
+        rows = torch.arange(len(unit)) if chosen is None else torch.tensor(list(chosen))
+        found = [_nearest_of(unit, part, count) for part in torch.split(rows.to(unit.device), _ROWS)]
         latents = torch.cat([indices for indices, _ in found]).cpu().numpy()
         cosines = torch.cat([values for _, values in found]).cpu().numpy()
     return latents, cosines
 
 
-def _nearest_of(unit: Tensor, start: int, stop: int, count: int) -> tuple[Tensor, Tensor]:
+def _nearest_of(unit: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     import torch
 
-    rows = torch.arange(start, stop, device=unit.device)
-    values = unit.new_zeros((stop - start, 0))
-    indices = rows.new_zeros((stop - start, 0))
+    own_vectors = unit[rows]
+    values = unit.new_zeros((len(rows), 0))
+    indices = rows.new_zeros((len(rows), 0))
     for low in range(0, len(unit), _COLUMNS):
-        cosines = unit[start:stop] @ unit[low : low + _COLUMNS].T
+        cosines = own_vectors @ unit[low : low + _COLUMNS].T
         own = (rows >= low) & (rows < low + cosines.shape[1])
         cosines[own.nonzero().squeeze(1), rows[own] - low] = -torch.inf
         best = cosines.topk(min(count, cosines.shape[1]), dim=1)
