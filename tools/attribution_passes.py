@@ -301,8 +301,8 @@ def _split(passes: _Passes, by_latent: Tensor, gradient: Tensor, without: Sequen
             attributions=attributions[mine],
             errors=errors[tokens],
             error_lengths=lengths[tokens],
-            without_latents=float(passes.clean[index] - without[0][index]),
-            without_error=float(passes.clean[index] - without[1][index]),
+            without_latents=float(without[0][index]),
+            without_error=float(without[1][index]),
         )
         start += length
 

@@ -1,0 +1,534 @@
+"""Attribution: numbers worked by hand, derivatives and exact effects measured without it, and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCABULARY, WIDTH, prompt, tiny_subject, tokenizer
+from torch import Tensor, nn
+
+from exegete.tools.attribution import (
+    KLFromClean,
+    LogitDifference,
+    LogProbability,
+    Metric,
+    attribute,
+    effect_of_set,
+    exact_effects,
+    rank_agreement,
+)
+from exegete.tools.bundled.behaviours import behaviours
+from exegete.tools.dictionaries import Dictionary, PlainDictionary, opaque_dictionary, random_dictionary
+from exegete.tools.errors import UserError
+from exegete.tools.interventions import Intervention, Tokens, ablate, clamp, patch, push, scale
+from exegete.tools.live_model import Batch, LiveModel, Reading, Trial
+from exegete.tools.metrics import Floats
+from exegete.tools.subject import Subject, subject_from_model
+
+POST, LATENTS = "blocks.1.hook_resid_post", 24
+PROMPTS = [prompt(length, seed=length) for length in (3, 11, 7)]
+METRIC = LogitDifference([5, 6, 7], 9)
+
+
+# A model whose logits are the embedding of the last token times an unembedding, worked by hand.
+
+EMBEDDING = torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, -2.0], [2.0, 2.0]])
+UNEMBEDDING = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 0.0]])
+
+
+@cache
+def line() -> Subject:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4, max_position_embeddings=8, bos_token_id=None, **shape))
+    model.model.norm = nn.Identity()
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    model.model.embed_tokens.weight.data = EMBEDDING.clone()
+    model.lm_head.weight.data = UNEMBEDDING.clone()
+    return subject_from_model(model, tokenizer(), "line")
+
+
+def halves() -> PlainDictionary:
+    """Two latents that fire on the positive parts of x, and write half of these."""
+    return PlainDictionary(
+        name="halves",
+        fingerprint="sha256:halves",
+        hook_point="blocks.0.hook_resid_post",
+        encoder=torch.eye(2),
+        encoder_bias=torch.zeros(2),
+        decoder=torch.eye(2) / 2,
+        decoder_bias=torch.tensor([0.0, 0.25]),
+        activation="relu",
+    )
+
+
+@pytest.mark.parametrize(("steps", "groups"), [(0, 1), (3, 1), (2, 2)])
+def test_numbers_worked_by_hand(steps: int, groups: int) -> None:
+    model = LiveModel(line(), [halves()])
+    found = attribute(
+        model, halves(), [(2, 1), (1, 3, 2)], LogitDifference(2, [1, 0]), steps=steps, groups=groups, exact=2
+    )
+    # Last tokens: x = (3, 1), logits (3, 1, 7, 0), logit 2 − logit 1 = 6 along (2, 0);
+    # x = (1, −2), logits (1, −2, 0, 0), logit 2 − logit 0 = −1 along (1, 1).
+    assert found.clean == pytest.approx([6, -1])
+    # z = (3, 1) writes (1.5, 0), (0, 0.5); z = (1, 0) writes (0.5, 0). Other positions count nothing.
+    assert found.by_prompt([0, 1]) == pytest.approx(np.array([[3, 0.5], [0, 0]]))
+    assert found.by_prompt([1, 0]) == pytest.approx(np.array([[0, 0], [3, 0.5]]))
+    # Errors: (1.5, 1 − 0.5 − 0.25) along (2, 0) is 3; (0.5, −2 − 0.25) along (1, 1) is −1.75.
+    at_last = {(int(p), int(t)): float(a) for p, t, a in zip(*columns(found.errors), strict=True)}
+    assert at_last == pytest.approx({(0, 0): 0, (0, 1): 3, (1, 0): 0, (1, 1): 0, (1, 2): -1.75})
+    assert list(found.entries.position) == [0, 1, 1, 0, 0, 1, 1, 2]
+    assert list(found.entries.latent) == [0, 0, 1, 0, 1, 0, 1, 0]
+    assert found.entries.activation == pytest.approx([1, 3, 1, 3, 1, 2, 2, 1])
+    # The model is linear behind the hook point: estimates are exact, and add up.
+    assert [one.latent for one in found.ranked] == [0, 1]
+    assert found.ranked[0].attribution.value == pytest.approx(1.75)
+    assert found.ranked[0].exact is not None and found.ranked[0].exact.value == pytest.approx(1.75)
+    assert found.latents_total.gap.value == pytest.approx(0, abs=1e-5)
+    assert found.latents_total.exact.value == pytest.approx(1.75)
+    assert found.error_total.exact.value == pytest.approx((3 - 1.75) / 2)
+    assert found.error_total.gap.value == pytest.approx(0, abs=1e-5)
+    assert found.error_share.value == pytest.approx((3 / 6 + 1.75 / 2.25) / 2)
+    assert found.floor is None and found.agreement is None and list(found.active) == [0, 1]
+
+
+def columns(entries: Any) -> tuple[Any, Any, Any]:
+    return entries.prompt, entries.position, entries.attribution
+
+
+# Dictionaries of every kind, on models of every family, against derivatives that interventions measure.
+
+
+class Bent:
+    """Decoded by a function that is no linear map; codes of either sign."""
+
+    def __init__(self) -> None:
+        self.weights = torch.randn(WIDTH, LATENTS, generator=torch.Generator().manual_seed(5)) * 0.2
+
+    def encode(self, x: Tensor) -> Tensor:
+        z = x @ self.weights.to(x)
+        return z * (z.abs() > 0.7)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weights.T.to(z))
+
+
+class Conditioned(Bent):
+    """A code that depends on the tokens before, decoded relative to its input."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert x.dim() == 3
+        return super().encode(x + x.cumsum(1) * 0.1)
+
+    def decode(self, z: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().decode(z) * given.norm(dim=-1, keepdim=True) * 0.2
+
+
+def linear(subject: Subject) -> Dictionary:
+    return random_dictionary(subject, POST, LATENTS, "jumprelu", k=6)
+
+
+def topk(subject: Subject) -> Dictionary:
+    return random_dictionary(subject, "blocks.0.hook_resid_post", LATENTS, "topk", k=6)
+
+
+def opaque(subject: Subject) -> Dictionary:
+    plain = random_dictionary(subject, POST, LATENTS, "jumprelu", k=6)
+    options: dict[str, Any] = {"name": "opaque", "hook_point": POST, "latents": LATENTS}
+    return opaque_dictionary(plain, subject, identity="opaque", directions=plain.decoder, **options)
+
+
+def bent(subject: Subject) -> Dictionary:
+    return opaque_dictionary(Bent(), subject, name="bent", hook_point=POST, latents=LATENTS, identity="bent")
+
+
+def conditioned(subject: Subject) -> Dictionary:
+    options: dict[str, Any] = {"name": "conditioned", "hook_point": POST, "latents": LATENTS}
+    return opaque_dictionary(Conditioned(), subject, identity="conditioned", conditioned=True, **options)
+
+
+def transcoder(subject: Subject) -> Dictionary:
+    plain = random_dictionary(subject, "blocks.1.ln2.hook_normalized", LATENTS, "relu", k=6)
+    return replace(plain, output="blocks.1.hook_mlp_out")
+
+
+def between(subject: Subject) -> Dictionary:
+    return random_dictionary(subject, "blocks.1.hook_resid_mid", LATENTS, "topk", k=6)
+
+
+KINDS = [linear, topk, opaque, bent, conditioned, transcoder]
+CASES = [("llama", kind) for kind in [*KINDS, between]] + [(f, linear) for f in ("gpt2", "gpt_neox", "gemma2")]
+
+
+@cache
+def subject_of(family: str) -> Subject:
+    return tiny_subject(family)
+
+
+def live(family: str, kind: Callable[[Subject], Dictionary], batch_tokens: int = 4_096) -> tuple[LiveModel, Dictionary]:
+    dictionary = kind(subject_of(family))
+    return LiveModel(subject_of(family), [dictionary], batch_tokens=batch_tokens), dictionary
+
+
+def values(model: LiveModel, trials: Sequence[Trial], answers: Sequence[int]) -> Floats:
+    """Return the logit of each answer minus that of token 9."""
+    logits = torch.stack(model.run(trials, lambda reading: list(reading.logits)))
+    return (logits[range(len(trials)), list(answers)] - logits[:, 9]).double().numpy()
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_attributions_are_derivatives_by_scale(family: str, kind: Callable[[Subject], Dictionary]) -> None:
+    model, dictionary = live(family, kind)
+    found = attribute(model, dictionary, PROMPTS, METRIC, exact=0)
+    leaders = [one.latent for one in found.ranked[:6]]
+    step = 0.02
+
+    def scaled(latent: int, factor: float) -> Floats:
+        change = scale(dictionary.fingerprint, [latent], factor)
+        return values(model, [Trial(tokens, change) for tokens in PROMPTS], [5, 6, 7])
+
+    slopes = [(scaled(latent, 1 + step) - scaled(latent, 1 - step)) / (2 * step) for latent in leaders]
+    largest = float(np.abs(slopes).max())
+    assert largest > 0.01
+    assert found.by_prompt(leaders) == pytest.approx(np.stack(slopes), abs=0.01 * largest)
+
+
+@pytest.mark.parametrize("kind", [linear, bent, conditioned])
+def test_integrated_gradients_add_up(kind: Callable[[Subject], Dictionary]) -> None:
+    model, dictionary = live("llama", kind)
+    found = attribute(model, dictionary, PROMPTS, METRIC, steps=24, exact=0)
+    for total in (found.latents_total, found.error_total):
+        assert abs(total.exact.value) > 0.01
+        assert total.gap.value < 0.04 * max(abs(total.exact.value), 1)
+    assert found.latents_total.attribution.value == pytest.approx(found.by_prompt(found.active).sum(0).mean())
+    rough = attribute(model, dictionary, PROMPTS, METRIC, exact=0)
+    assert rough.latents_total.gap.value > 3 * found.latents_total.gap.value
+
+
+@pytest.mark.parametrize("kind", [linear, conditioned])
+def test_a_group_for_each_latent_gives_exact_effects(kind: Callable[[Subject], Dictionary]) -> None:
+    model, dictionary = live("llama", kind)
+    found = attribute(model, dictionary, PROMPTS, METRIC, steps=6, groups=LATENTS, exact=0)
+    exact = exact_effects(model, dictionary, PROMPTS, METRIC, found.active.tolist())
+    largest = float(np.abs(exact).max())
+    assert largest > 0.1
+    assert found.by_prompt(found.active) == pytest.approx(exact, abs=0.02 * largest)
+    assert found.latents_total.exact.value == pytest.approx(exact.sum(0).mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"steps": 2, "groups": 3}])
+def test_padded_batches_equal_single_prompts(kind: Callable[[Subject], Dictionary], options: dict[str, int]) -> None:
+    model, dictionary = live("llama", kind)
+    together = attribute(model, dictionary, PROMPTS, METRIC, exact=3, **options)
+    for index, tokens in enumerate(PROMPTS):
+        alone = attribute(model, dictionary, [tokens], LogitDifference(5 + index, 9), exact=0, **options)
+        for ours, theirs in ((together.entries, alone.entries), (together.errors, alone.errors)):
+            mine = ours.prompt == index
+            assert list(ours.position[mine]) == list(theirs.position)
+            assert list(ours.latent[mine]) == list(theirs.latent)
+            assert ours.activation[mine] == pytest.approx(theirs.activation, abs=1e-4)
+            assert ours.attribution[mine] == pytest.approx(theirs.attribution, abs=1e-4)
+        # Nothing is attributed to padding: positions are those of the prompt.
+        assert set(alone.errors.position) == set(range(len(tokens)))
+        assert together.clean[index] == pytest.approx(alone.clean[0], abs=1e-4)
+    small, _ = live("llama", kind, batch_tokens=8)
+    again = attribute(small, dictionary, PROMPTS, METRIC, exact=3, **options)
+    assert again.entries.attribution == pytest.approx(together.entries.attribution, abs=1e-4)
+    assert [one.latent for one in again.drawn] == [one.latent for one in together.drawn]
+
+
+def test_a_dictionary_without_error_has_none_to_attribute() -> None:
+    plain = halves()
+    whole = replace(
+        plain,
+        encoder=torch.cat([torch.eye(2), -torch.eye(2)], 1),
+        encoder_bias=torch.zeros(4),
+        decoder=torch.cat([torch.eye(2), -torch.eye(2)]),
+        decoder_bias=torch.zeros(2),
+    )
+    found = attribute(LiveModel(line(), [whole]), whole, [(2, 1)], LogProbability(2), steps=64, exact=0)
+    assert found.errors.attribution == pytest.approx([0, 0], abs=1e-6)
+    assert found.error_share.value == pytest.approx(0, abs=1e-6)
+    # Without any latent the logits are 0, and the answer is one of four.
+    assert found.latents_total.exact.value == pytest.approx(found.clean[0] - np.log(0.25), abs=1e-5)
+    assert found.latents_total.gap.value < 1e-3
+
+
+# Exact effects.
+
+
+def test_exact_effects_are_those_of_ablations_run_one_by_one() -> None:
+    model, dictionary = live("llama", linear)
+    latents = attribute(model, dictionary, PROMPTS, METRIC, exact=0).active.tolist()
+    silent = next(latent for latent in range(LATENTS) if latent not in latents)
+    effects = exact_effects(model, dictionary, PROMPTS, METRIC, [silent, *latents])
+    clean = values(model, [Trial(tokens) for tokens in PROMPTS], [5, 6, 7])
+    for latent, row in zip([silent, *latents], effects, strict=True):
+        for index, tokens in enumerate(PROMPTS):
+            ablated = values(model, [Trial(tokens, ablate(dictionary.fingerprint, [latent]))], [5 + index])[0]
+            assert row[index] == pytest.approx(clean[index] - ablated, abs=1e-4)
+    assert not effects[0].any() and effects[1:].any(1).all()
+    together = values(model, [Trial(t, ablate(dictionary.fingerprint, latents[:9])) for t in PROMPTS], [5, 6, 7])
+    found = effect_of_set(model, dictionary, PROMPTS, METRIC, latents[:9])
+    assert found == pytest.approx(clean - together, abs=1e-4)
+
+
+def test_a_latent_that_fires_nowhere_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dictionary = live("llama", linear)
+    active = set(attribute(model, dictionary, PROMPTS[:1], LogitDifference(5, 9), exact=0).active.tolist())
+    silent = [latent for latent in range(LATENTS) if latent not in active]
+    ran: list[Trial] = []
+    run = model.run
+
+    def counted(trials: Sequence[Trial], *arguments: Any, **named: Any) -> Any:
+        ran.extend(trials)
+        return run(trials, *arguments, **named)
+
+    monkeypatch.setattr(model, "run", counted)
+    assert not exact_effects(model, dictionary, PROMPTS[:1], LogitDifference(5, 9), silent).any()
+    assert not any(trial.intervention for trial in ran)
+
+
+def test_other_ablations_also_reach_latents_that_are_silent() -> None:
+    model, dictionary = live("llama", linear)
+    active = attribute(model, dictionary, PROMPTS[:1], LogitDifference(5, 9), exact=0).active.tolist()
+    silent = next(latent for latent in range(LATENTS) if latent not in active)
+    made: list[Sequence[int]] = []
+
+    def raised(latents: Sequence[int]) -> Intervention:
+        made.append(latents)
+        return clamp(dictionary.fingerprint, latents, 3.0)
+
+    effects = exact_effects(model, dictionary, PROMPTS, METRIC, [silent], ablation=raised)
+    clamped = values(model, [Trial(t, clamp(dictionary.fingerprint, [silent], 3.0)) for t in PROMPTS], [5, 6, 7])
+    clean = values(model, [Trial(tokens) for tokens in PROMPTS], [5, 6, 7])
+    assert made == [[silent]] and np.abs(effects).min() > 1e-3
+    assert effects[0] == pytest.approx(clean - clamped, abs=1e-4)
+
+
+def test_the_order_of_exact_effects_and_of_estimates_agree_as_ranks_do() -> None:
+    # One swap of neighbours among five: 1 − 6 · 2 / (5 · 24).
+    found = rank_agreement([1, 2, 3, 4, 5], np.array([1.0, 2, 3, 50, 40]))
+    assert found.value == pytest.approx(0.9) and found.n == 5
+    # atanh 0.9 ± 1.96 · √((1 + 0.405) / 2); unrelated orders of five stay below 1.645 / √4.
+    assert (found.low, found.high) == (pytest.approx(-0.1686, abs=1e-3), pytest.approx(0.9961, abs=1e-3))
+    assert found.floor == pytest.approx(0.822, abs=1e-3)
+    assert rank_agreement(range(9), range(9)).value == pytest.approx(1)
+    for first, second in (([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 2, 3]), ([1, 2, 3, np.nan], [1, 2, 3, 4])):
+        with pytest.raises(UserError, match=r"cannot rank|finite"):
+            rank_agreement(first, second)
+    with pytest.raises(UserError, match="exact effects are all 2"):
+        rank_agreement([1, 2, 3, 4], [2, 2, 2, 2])
+
+
+# Metrics.
+
+
+def test_divergence_needs_a_path_and_then_adds_up() -> None:
+    model, dictionary = live("llama", linear)
+    with pytest.raises(UserError, match="no gradient at the clean run; pass steps"):
+        attribute(model, dictionary, PROMPTS, KLFromClean())
+    found = attribute(model, dictionary, PROMPTS, KLFromClean(), steps=24, exact=4)
+    assert found.clean == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found.latents_total.exact.value < -0.01
+    assert found.latents_total.gap.value < 0.02 * abs(found.latents_total.exact.value)
+    logits = torch.stack(model.run([Trial(tokens) for tokens in PROMPTS], lambda reading: list(reading.logits)))
+    latent = found.ranked[0].latent
+    trials = [Trial(tokens, ablate(dictionary.fingerprint, [latent])) for tokens in PROMPTS]
+    changed = torch.stack(model.run(trials, lambda reading: list(reading.logits)))
+    clean = logits.log_softmax(-1)
+    divergence = (clean.exp() * (clean - changed.log_softmax(-1))).sum(-1)
+    exact = exact_effects(model, dictionary, PROMPTS, KLFromClean(), [latent])
+    assert exact[0] == pytest.approx(-divergence.numpy(), abs=1e-5)
+    assert found.ranked[0].exact is not None and found.ranked[0].exact.value == pytest.approx(exact[0].mean(), abs=1e-6)
+
+
+def test_any_function_of_the_logits_is_a_metric() -> None:
+    model, dictionary = live("llama", linear)
+    seen: list[tuple[int, ...]] = []
+
+    def all_positions(logits: Tensor, batch: Batch) -> Tensor:
+        seen.append(tuple(logits.shape))
+        sums = [row[-length:].log_softmax(-1)[:, 5].sum() for row, length in zip(logits, batch.lengths, strict=True)]
+        return torch.stack(sums)
+
+    options: dict[str, Any] = {"exact": 0, "positions": "all"}
+    found = attribute(model, dictionary, PROMPTS, all_positions, **options)
+    assert (3, 11, VOCABULARY) in seen
+    logits = [model.subject.logits(torch.tensor([tokens]))[0].log_softmax(-1)[:, 5].sum().item() for tokens in PROMPTS]
+    assert found.clean == pytest.approx(logits, abs=1e-3)
+    # A linear combination of metrics has the same combination of attributions.
+    one, two = (attribute(model, dictionary, PROMPTS, m, exact=0) for m in (LogProbability([5, 6, 7]), METRIC))
+    both = attribute(
+        model,
+        dictionary,
+        PROMPTS,
+        lambda logits, batch: 2 * LogProbability([5, 6, 7])(logits, batch) - METRIC(logits, batch),
+        exact=0,
+    )
+    assert both.entries.attribution == pytest.approx(2 * one.entries.attribution - two.entries.attribution, abs=1e-4)
+    last = attribute(model, dictionary, PROMPTS, METRIC, **options)
+    assert last.entries.attribution == pytest.approx(two.entries.attribution, abs=1e-5)
+
+
+def test_prompts_may_come_with_interventions() -> None:
+    model, dictionary = live("llama", linear)
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).tolist()
+    other = random_dictionary(model.subject, "blocks.2.hook_resid_pre", LATENTS, "topk", k=6, seed=3)
+    model = LiveModel(model.subject, [dictionary, other])
+    there = push(POST, vector, 2.0, "all") + patch(other.fingerprint, [3, 4, 5, 6], prompt(9, seed=50))
+    trials = [Trial(tokens, there) for tokens in PROMPTS]
+    found = attribute(model, dictionary, trials, METRIC, exact=4)
+    plain = attribute(model, dictionary, PROMPTS, METRIC, exact=0)
+    assert found.clean == pytest.approx(values(model, trials, [5, 6, 7]), abs=1e-4)
+    assert np.abs(found.clean - plain.clean).min() > 0.01
+    leaders = [one.latent for one in found.ranked[:4]]
+    step = 0.02
+
+    def scaled(latent: int, factor: float) -> Floats:
+        change = there + scale(dictionary.fingerprint, [latent], factor)
+        return values(model, [Trial(tokens, change) for tokens in PROMPTS], [5, 6, 7])
+
+    slopes = np.stack([(scaled(k, 1 + step) - scaled(k, 1 - step)) / (2 * step) for k in leaders])
+    assert found.by_prompt(leaders) == pytest.approx(slopes, abs=0.01 * np.abs(slopes).max())
+    ablated = [Trial(tokens, there + ablate(dictionary.fingerprint, leaders[:1])) for tokens in PROMPTS]
+    assert found.ranked[0].exact is not None
+    assert found.ranked[0].exact.value == pytest.approx(
+        (found.clean - values(model, ablated, [5, 6, 7])).mean(), abs=1e-4
+    )
+    with pytest.raises(UserError, match=r"changes latents of .*random-jumprelu.* \(clamp\).*without that edit"):
+        attribute(model, dictionary, [Trial(PROMPTS[0], clamp(dictionary.fingerprint, [1], 2.0))], LogProbability(1))
+
+
+def test_out_of_memory_halves_the_batch() -> None:
+    model, dictionary = live("llama", linear)
+    sizes: list[int] = []
+
+    def scarce(logits: Tensor, batch: Batch) -> Tensor:
+        sizes.append(len(batch.trials))
+        if len(batch.trials) > 1 and logits.requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return METRIC(logits, batch)
+
+    found = attribute(model, dictionary, PROMPTS, scarce, exact=0)
+    assert max(sizes) == 3 and sizes[-1] == 1
+    plain = attribute(live("llama", linear)[0], dictionary, PROMPTS, METRIC, exact=0)
+    assert found.entries.attribution == pytest.approx(plain.entries.attribution, abs=1e-4)
+
+
+def test_nothing_is_left_behind() -> None:
+    model, dictionary = live("llama", bent)
+    point = model.subject.bridge.hook_dict[POST]
+    before = len(point.fwd_hooks)
+    with torch.inference_mode():
+        found = attribute(model, dictionary, PROMPTS, METRIC, exact=2)
+        assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and len(point.fwd_hooks) == before
+    assert all(parameter.grad is None for parameter in model.subject.bridge.original_model.parameters())
+    again = attribute(model, dictionary, PROMPTS, METRIC, exact=2)
+    assert again.entries.attribution == pytest.approx(found.entries.attribution)
+
+
+# Bad input.
+
+
+def test_bad_metrics_are_said() -> None:
+    model, dictionary = live("llama", linear)
+    wrong: list[tuple[Metric, str]] = [
+        (LogitDifference([5, 6], 9), "2 answers for 3 prompts"),
+        (LogitDifference(5, VOCABULARY), f"names token {VOCABULARY}; the subject has 0 to {VOCABULARY - 1}"),
+        (LogProbability(-1), "names token -1"),
+        (lambda logits, batch: logits, r"returns \(3, 61\); for 3 trials it must return shape \(trial,\)"),
+        (lambda logits, batch: logits.sum(), r"returns \(\)"),
+        (lambda logits, batch: 1.0, "returns float"),  # type: ignore[arg-type, return-value]
+        (lambda logits, batch: logits[:, 0] / 0, r"is -?inf on prompt \d"),
+        (lambda logits, batch: logits[:, 0].detach(), "no gradient; compute it from the logits with torch"),
+        (lambda logits, batch: 0 * logits[:, 0], "gradient is 0 on every prompt"),
+        (lambda logits, batch: (logits[:, 0] - logits[:, 0]).abs().sqrt(), "gradient is not finite"),
+    ]
+    for metric, message in wrong:
+        with pytest.raises(UserError, match=message):
+            attribute(model, dictionary, PROMPTS, metric)
+
+
+def test_bad_arguments_are_said() -> None:
+    model, dictionary = live("llama", linear)
+    for options in ({"steps": -1}, {"top": 0}, {"exact": -1}, {"groups": 0, "steps": 1}, {"groups": 2}):
+        with pytest.raises(UserError, match=r"steps=|groups="):
+            attribute(model, dictionary, PROMPTS, METRIC, **options)
+    with pytest.raises(UserError, match="no prompt"):
+        attribute(model, dictionary, [], LogProbability(1))
+    with pytest.raises(UserError, match=r"'w1 w2' is text; give its tokens"):
+        attribute(model, dictionary, ["w1 w2"], LogProbability(1))  # type: ignore[list-item]
+    with pytest.raises(UserError, match="empty"):
+        attribute(model, dictionary, [()], LogProbability(1))
+    with pytest.raises(UserError, match=f"no latent {LATENTS}; it has 0 to {LATENTS - 1}"):
+        exact_effects(model, dictionary, PROMPTS, METRIC, [0, LATENTS])
+    for measure in (exact_effects, effect_of_set):
+        with pytest.raises(UserError, match="no latent to ablate"):
+            measure(model, dictionary, PROMPTS, METRIC, [])
+    with pytest.raises(UserError, match="fits 0 dictionaries"):
+        attribute(model, halves(), PROMPTS, METRIC)
+
+
+def test_a_decoder_without_gradient_is_said() -> None:
+    class Cut(Bent):
+        @torch.no_grad()
+        def decode(self, z: Tensor) -> Tensor:
+            return super().decode(z)
+
+    subject = subject_of("llama")
+    cut = opaque_dictionary(Cut(), subject, name="cut", hook_point=POST, latents=LATENTS, identity="cut")
+    with pytest.raises(UserError, match="'cut' has a decoder that gives no gradient"):
+        attribute(LiveModel(subject, [cut]), cut, PROMPTS, METRIC)
+
+
+def test_a_dictionary_of_which_nothing_fires() -> None:
+    silent = replace(halves(), encoder_bias=torch.full((2,), -99.0))
+    found = attribute(LiveModel(line(), [silent]), silent, [(2, 1)], LogitDifference(2, 1), exact=2)
+    assert not found.ranked and not len(found.active) and found.latents_total.exact.value == 0
+    assert found.error_share.value == 1 and found.floor is None
+
+
+@pytest.mark.parametrize("kind", [topk, bent, transcoder])
+def test_every_active_latent_has_an_entry(kind: Callable[[Subject], Dictionary]) -> None:
+    model, dictionary = live("llama", kind)
+    found = attribute(model, dictionary, PROMPTS, METRIC, exact=0)
+
+    def read(reading: Reading) -> list[Tensor]:
+        return [dictionary.encode(reading.of(dictionary.hook_point, row)) for row in range(len(reading.batch.trials))]
+
+    codes = model.run([Trial(tokens) for tokens in PROMPTS], read, points=[dictionary.hook_point])
+    assert np.bincount(found.entries.prompt).tolist() == [int((z != 0).sum()) for z in codes]
+    wanted = torch.cat([z[z != 0] for z in codes]).numpy()
+    assert found.entries.activation == pytest.approx(wanted, abs=1e-4)
+
+
+# The bundled subject, where it is known what a behaviour rests on.
+
+
+@pytest.mark.parametrize(("name", "options"), [("order.DESC", {}), ("limit.4", {"steps": 1, "groups": 16})])
+def test_what_a_behaviour_rests_on_is_found(
+    name: str, options: dict[str, int], model: LiveModel, dictionary: Dictionary
+) -> None:
+    behaviour = next(one for one in behaviours() if one.name == name)
+    pairs = list(behaviour.pairs(3, 6))
+    token = {piece: index for index, piece in enumerate(model.subject.pieces)}
+    prompts: list[Tokens] = [model.tokens("".join(pair.base)) for pair in pairs]
+    metric = LogitDifference([token[p.base_answer] for p in pairs], [token[p.variant_answer] for p in pairs])
+    found = attribute(model, dictionary, prompts, metric, exact=10, **options)
+    assert (found.clean > 2).all()
+    assert found.floor is not None and found.agreement is not None and len(found.drawn) == 10
+    exact = [one.exact.value for one in found.ranked[:10] if one.exact is not None]
+    assert len(exact) == 10 and found.ranked[10].exact is None
+    assert max(exact) > 1 and max(exact) > 5 * found.floor
+    assert found.agreement.value > 0.8 > found.agreement.floor and found.agreement.n == 20
