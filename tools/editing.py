@@ -22,7 +22,7 @@ from torch import Tensor
 from exegete.tools.codes import blocks, codes
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
-from exegete.tools.interventions import Intervention, LatentEdit, VectorEdit
+from exegete.tools.interventions import Intervention, LatentEdit, Tokens, VectorEdit
 from exegete.tools.seeds import generator
 
 if TYPE_CHECKING:
@@ -289,6 +289,12 @@ def read_source(model: LiveModel, edit: LatentEdit) -> Tensor:
 
     dictionary = model.dictionary(edit.dictionary)
     latents = torch.tensor(edit.latents, device=model.subject.device)
+    if edit.operation == "patch":
+        # Sets of latents are patched from one prompt by turns: its vectors are kept, for all of them.
+        key = (dictionary.hook_point, edit.sources[0])
+        vectors = model.source_vectors.get(key, lambda: _vectors(model, dictionary.hook_point, edit.sources[0]))
+        with torch.inference_mode():
+            return codes(dictionary, vectors, latents)
 
     def read(reading: Reading) -> list[Tensor]:
         rows = range(len(reading.batch.trials))
@@ -296,13 +302,18 @@ def read_source(model: LiveModel, edit: LatentEdit) -> Tensor:
 
     trials = [Trial(source) for source in edit.sources]
     found = model.run(trials, read, keep="none", points=[dictionary.hook_point])
-    if edit.operation == "patch":
-        return found[0]
     special = model.subject.special_tokens
     kept = torch.tensor([token not in special for source in edit.sources for token in source])
     if not kept.any():
         raise UserError("resample: the texts have special tokens only; give texts with words to draw from")
     return torch.cat(found)[kept.to(found[0].device)]
+
+
+def _vectors(model: LiveModel, hook_point: str, tokens: Tokens) -> Tensor:
+    """Return a prompt's vectors on a clean run, shape (token, width)."""
+    from exegete.tools.live_model import Trial
+
+    return model.run([Trial(tokens)], lambda reading: [reading.of(hook_point, 0)], keep="none", points=[hook_point])[0]
 
 
 def _latent_edits(step: _Step) -> list[LatentEdit]:

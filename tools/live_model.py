@@ -29,6 +29,7 @@ from exegete.tools.editing import Editor, read_source, take_sources
 from exegete.tools.errors import UserError
 from exegete.tools.hooking import Change, comes_before, hooked, require_effective
 from exegete.tools.interventions import Intervention, LatentEdit, Tokens, VectorEdit
+from exegete.tools.kept_tensors import KeptTensors, normal
 from exegete.tools.subject import Subject
 from exegete.tools.trials import Batch, Reading, Trial, padded
 
@@ -69,6 +70,7 @@ class LiveModel:
         self._lock = subject.lock
         self._effective: set[str] = set()
         self._sources: OrderedDict[LatentEdit, Tensor] = OrderedDict()
+        self.source_vectors = KeptTensors(_SOURCES_KEPT)
         for dictionary in dictionaries:
             self._attach(dictionary)
 
@@ -300,11 +302,11 @@ class LiveModel:
         """Return the activations that an edit takes from its sources, shape (token, latent); the last ones are kept."""
         # What is read depends neither on where it goes nor on the draws.
         key = replace(edit, dictionary=self.dictionary(edit.dictionary).fingerprint, positions="all", seed=0)
+        if edit.operation == "patch":
+            return normal(read_source(self, key))
         with self._lock:
             if key not in self._sources:
-                found = read_source(self, key)
-                with torch.inference_mode(False):
-                    self._sources[key] = found.clone()  # An inference tensor could not take part in a gradient.
+                self._sources[key] = normal(read_source(self, key))
             self._sources.move_to_end(key)
             while len(self._sources) > 1 and sum(map(Tensor.numel, self._sources.values())) > _SOURCES_KEPT:
                 self._sources.popitem(last=False)
