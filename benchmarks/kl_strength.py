@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1_000)
     parser.add_argument("--prompts", type=int, default=8, help="for each latent, at most")
     parser.add_argument("--cut", choices=["firing", "random"], default="firing", help="where documents are cut")
+    parser.add_argument("--sign", type=int, choices=[1, -1], default=1, help="-1 steers downwards")
     parser.add_argument("--latents", type=int, default=None, help="only the first so many live ones")
     parser.add_argument("--per-batch", type=int, default=4, help="strengths that one batch tries")
     parser.add_argument("--target-kl", type=float, default=0.5)
@@ -66,14 +67,14 @@ def main() -> None:
     begin = time.perf_counter()
     found = match_strengths(
         model,
-        [_steering(dictionary, latent) for latent in live],
+        [_steering(dictionary, latent, chosen.sign) for latent in live],
         [prompts[latent] for latent in live],
         target_kl=chosen.target_kl,
         per_batch=chosen.per_batch,
     )
     wall = round(time.perf_counter() - begin, 1)
     missed = [latent for latent, one in zip(live, found, strict=True) if one.status != "matched"]
-    largest = {latent: scan(model, _steering(dictionary, latent), prompts[latent]) for latent in missed}
+    largest = {latent: scan(model, _steering(dictionary, latent, chosen.sign), prompts[latent]) for latent in missed}
     reachable = sum(kl >= 0.9 * chosen.target_kl for kl in largest.values()) + len(live) - len(missed)
     figures = {"latents": dictionary.latents, "live": fires, **_figures(live, found, largest), "reachable": reachable}
     settings = {name: value for name, value in vars(chosen).items() if name not in ("dictionary", "subject")}
@@ -138,8 +139,8 @@ def _first_firings(model: LiveModel, dictionary: Dictionary, texts: Sequence[Tok
     return model.run([Trial(tokens) for tokens in texts], read, keep="none", points=[dictionary.hook_point])
 
 
-def _steering(dictionary: Dictionary, latent: int) -> Make:
-    return lambda strength: steer(dictionary.fingerprint, [latent], strength)
+def _steering(dictionary: Dictionary, latent: int, sign: int) -> Make:
+    return lambda strength: steer(dictionary.fingerprint, [latent], sign * strength)
 
 
 def _figures(latents: Sequence[int], found: Sequence[Matched], largest: Mapping[int, float]) -> dict[str, Any]:

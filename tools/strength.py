@@ -54,6 +54,7 @@ class Matched:
     """The strength that reaches a target divergence, or that none does."""
 
     status: Literal["matched", "unreachable"]
+    """Unreachable: within its batches the search met no strength that does it; `tried` shows whether the curve saturates."""
     strength: float | None
     """None where unreachable."""
     kl: float | None
