@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from exegete.tools.blas_threads import one_blas_thread
 from exegete.tools.cross_validation import (
     Auc,
     Bools,
@@ -180,7 +181,8 @@ def sweep_vectors(
         if not np.isfinite(array).all():
             raise UserError(f"the vectors at {point!r} hold values that are not finite")
     truth, numbers = labelled(labels, groups, len(labels))
-    return _Sweeper(arrays, truth, numbers, settings).sweep()
+    with one_blas_thread():
+        return _Sweeper(arrays, truth, numbers, settings).sweep()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from exegete.tools.blas_threads import one_blas_thread
 from exegete.tools.cross_validation import (
     IMBALANCED,
     PLAIN,
@@ -225,7 +226,8 @@ def cross_validate(
     skipped: list[SkippedRegime] = []
     for regime in settings.regimes:
         try:
-            results += _results(texts, regime, settings)
+            with one_blas_thread():
+                results += _results(texts, regime, settings)
         except TooFewError as error:
             skipped.append(SkippedRegime(regime.name, str(error)))
     if not results:
