@@ -21,7 +21,8 @@ Each text is one vector, a latent's activations pooled over its tokens (`exegete
    that a single discovery is possible, followed only as long as a latent may matter (Besag and Clifford 1991; with BH:
    Bancroft, Du and Nettleton 2013). It finds more where hundreds of latents differ a little. Its proof wants positive regression
    dependence (Benjamini and Yekutieli 2001), which TopK latents that compete need not have; `benchmarks.comparing`
-   measures how it fares.
+   measures how it fares. It bounds a mean: where latents are correlated, false discoveries come in clumps, none in most
+   comparisons and many in a few.
 
    A null pooled over latents (SAM: Tusher, Tibshirani and Chu 2001) would be finer for fewer permutations, but holds only
    if all latents have one null distribution, and the score of a latent that fires on nine texts has not that of one that
