@@ -120,7 +120,7 @@ def _near(rows: list[list[float]] | None, given: Direction | Sequence[float], to
 
 
 def test_nearest_latents_by_hand_keep_their_sign() -> None:
-    rows = [[1.0, 0, 0], [-3, -4, 0], [0, 0, 2], [0, 0, 0], [1, 7, 0]]
+    rows: list[list[float]] = [[1.0, 0, 0], [-3, -4, 0], [0, 0, 2], [0, 0, 0], [1, 7, 0]]
     found = _near(rows, [0, 10, 0], top=3)
     assert [one.latent for one in found.latents] == [4, 1, 0]
     assert [one.cosine for one in found.latents] == pytest.approx([7 / math.sqrt(50), -0.8, 0])
