@@ -188,9 +188,9 @@ def test_a_caller_of_many_trials_does_not_keep_others_waiting(
     assert len(done) == 231
     # A round is 16 trials. The first runs already, the second has no room for the single one before, the third holds it.
     assert 16 <= done.index("single") < 48
-    before = Counter(done[: done.index("single")])
-    # The calls of one caller have one turn together, beside those of the two others.
-    assert before["flood"] <= before["many"] / 2 + 2
+    before = Counter(done[16 : done.index("single")])
+    # Who came first has the first round; then the calls of one caller have one turn together.
+    assert 0 < before["flood"] <= before["many"] + 1
     assert scheduler.statistics.most_waiting == 30
 
 
