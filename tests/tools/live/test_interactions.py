@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from exegete.tools.ablation_sets import ZERO
+from exegete.tools.ablation_sets import ZERO, firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.dormant_latents import dormant_latents
 from exegete.tools.errors import UserError
@@ -140,7 +140,8 @@ def test_bad_masks_and_pairs(model: LiveModel, dictionary: Dictionary, prompts: 
 def test_rises_are_differences_of_re_encoded_activations(
     model: LiveModel, dictionary: Dictionary, prompts: list[Tokens]
 ) -> None:
-    ablated, some = [954, 253, 205, 49], sorted(prompts, key=len)[:3]
+    some = sorted(prompts, key=len)[:3]
+    ablated = [int(latent) for latent in np.argsort(-firing_rates(model, dictionary, some))[:4]]
     found = dormant_latents(model, dictionary, ablated, some, controls=2, top=5)
     special = model.subject.special_tokens
     differences = []
@@ -160,6 +161,7 @@ def test_rises_are_differences_of_re_encoded_activations(
         assert one.rise.value == pytest.approx(own.mean(), abs=1e-6) and one.rise.n == 3
         assert one.effect_size == pytest.approx(own.mean() / own.std(ddof=1), rel=1e-3)
     values = [one.rise.value for one in found.risers]
+    assert len(values) == 5
     assert values == sorted(values, reverse=True) and values[0] == pytest.approx(rises.mean(0).max(), abs=1e-6)
     assert found.re_encoded and found.random_sets == 2 and found.floor is not None
     assert found.above_floor == int((rises.mean(0) > found.floor).sum())
