@@ -218,11 +218,11 @@ def test_integrated_gradients_add_up(kind: Callable[[Subject], Dictionary]) -> N
 @pytest.mark.parametrize("kind", [linear, conditioned])
 def test_a_group_for_each_latent_gives_exact_effects(kind: Callable[[Subject], Dictionary]) -> None:
     model, dictionary = live("llama", kind)
-    found = attribute(model, dictionary, PROMPTS, METRIC, steps=4, groups=LATENTS, exact=0)
+    found = attribute(model, dictionary, PROMPTS, METRIC, steps=6, groups=LATENTS, exact=0)
     exact = exact_effects(model, dictionary, PROMPTS, METRIC, found.active.tolist())
     largest = float(np.abs(exact).max())
     assert largest > 0.1
-    assert found.by_prompt(found.active) == pytest.approx(exact, abs=0.03 * largest)
+    assert found.by_prompt(found.active) == pytest.approx(exact, abs=0.02 * largest)
     assert found.latents_total.exact.value == pytest.approx(exact.sum(0).mean(), abs=1e-4)
 
 
