@@ -90,8 +90,10 @@ def steering(live: Live, request: Request, *, kl: float | None, strength: float 
         "arms": arms,
     }
     lines = [*_heading(live), *(f"latent {latent}: {live.label(latent) or 'no label'}" for latent in latents)]
-    where = f"{len(matched_on)} {'other texts' if request.texts else 'prompts themselves (give --texts to match on others)'}"
-    lines.append(f"strengths matched to KL {figure(kl)} on the {where}" if makes else "no controls: the KL is 0")
+    where = (
+        f"{len(matched_on)} other texts" if request.texts else "the prompts themselves; give --texts to match on others"
+    )
+    lines.append(f"strengths matched to KL {figure(kl)} ({where})" if makes else "no controls")
     return Findings(facts, lines, _steering_tables(live, request, clean, arms))
 
 
@@ -177,9 +179,9 @@ def _rates(live: Live, request: Request, prompts: Sequence[Tokens]) -> NDArray[n
     if request.texts:
         return firing_rates(model, live.dictionary, [model.tokens(text) for text in request.texts])
     if model.subject.name == "bundled":
-        from exegete.tools.bundled.grammar import generate
+        from exegete.tools.bundled import sample_texts
 
-        return firing_rates(model, live.dictionary, [model.tokens(one.text) for one in generate(request.seed, SAMPLE)])
+        return firing_rates(model, live.dictionary, [model.tokens(text) for text in sample_texts(request.seed, SAMPLE)])
     raise UserError(
         "controls need firing rates: give --texts FILE or a --store with the dictionary's evidence, or --controls 0"
     )

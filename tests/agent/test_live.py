@@ -20,7 +20,11 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labeled")
     write_corpus(folder / "requests.jsonl", 0, 120)
     chosen = {"subject.name": "bundled", "dictionary.path": "bundled:tests", "label.limit": 20, "label.floors": 2}
-    run(load_config(None, (), {**chosen, "corpus.source": str(folder / "requests.jsonl"), "store": str(folder / "store")}))
+    run(
+        load_config(
+            None, (), {**chosen, "corpus.source": str(folder / "requests.jsonl"), "store": str(folder / "store")}
+        )
+    )
     return folder / "store"
 
 
@@ -93,5 +97,5 @@ def test_broken_texts(name: str, content: str, words: str, tmp_path: Path) -> No
 
 
 def test_a_missing_file_of_texts() -> None:
-    with pytest.raises(UserError, match="nowhere.txt"):
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
         read_texts(Path("nowhere.txt"))

@@ -12,10 +12,11 @@ Nothing that explains or scores latents may import from here: it would know the 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["dictionary_path", "subject_path", "write_corpus"]
+__all__ = ["dictionary_path", "sample_texts", "subject_path", "write_corpus"]
 
 _HERE = Path(__file__).parent
 
@@ -35,8 +36,14 @@ def write_corpus(path: Path, seed: int, documents: int) -> None:
 
     Requests that the subject never trained on are among them, in their natural share of a tenth.
     """
+    with path.open("w", encoding="utf-8") as file:
+        for text in sample_texts(seed, documents):
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def sample_texts(seed: int, count: int) -> Iterator[str]:
+    """Yield documents of the grammar, the first `count` of those that `write_corpus` writes."""
     from exegete.tools.bundled.grammar import generate
 
-    with path.open("w", encoding="utf-8") as file:
-        for example in generate(seed, documents):
-            file.write(json.dumps({"text": example.text}) + "\n")
+    for example in generate(seed, count):
+        yield example.text
