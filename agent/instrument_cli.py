@@ -177,6 +177,7 @@ def lens(
     prompt_file: PromptFile = None,
     kl: Annotated[float, typer.Option("--kl", help="Of the clamp on the prompts.")] = 0.5,
     top: Top = 10,
+    seed: Seed = 0,
     format: Format = Shown.table,
     store: Store = None,
     config: Config = None,
@@ -191,7 +192,7 @@ def lens(
 
     read = _texts(None, prompt_file)
     live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
-    _say(looking(live, latents, read, kl=kl, top=top), format)
+    _say(looking(live, latents, read, kl=kl, top=top, seed=seed), format)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from exegete.agent.live import Live
 from exegete.tools.comparing import Comparison, Difference, compare_prompts
 from exegete.tools.cross_validation import Auc
 from exegete.tools.errors import UserError
+from exegete.tools.lens import ClampedLens, DirectLens, clamped_lens, direct_lens
 from exegete.tools.probes import ProbeResult, ProbeSettings, probe
 
 Records = Sequence[tuple[str, Mapping[str, Any]]]
@@ -92,6 +93,61 @@ def _difference_table(live: Live, title: str, rows: Sequence[Difference]) -> Tab
         for row in rows
     ]
     return Table(title, ("latent", "effect (sd)", "AUROC", "fires in first", "in second", "q", "label"), cells)
+
+
+def looking(live: Live, latents: Sequence[int], prompts: Sequence[str], *, kl: float, top: int, seed: int) -> Findings:
+    """Show what latents write: the tokens of their directions, and on prompts what clamping them changes.
+
+    Raises:
+        UserError: a latent is not there, there is one prompt only, or the dictionary does not write to the residual stream.
+    """
+    tokens = [live.model.tokens(text) for text in prompts]
+    direct = direct_lens(live.model, live.dictionary, latents, top, seed=seed)
+    clamped = [
+        clamped_lens(live.model, live.dictionary, latent, tokens, kl, top, seed=seed)
+        for latent in (latents if tokens else ())
+    ]
+    tables = [_direct_table(live, one) for one in direct] + [_clamped_table(one, kl) for one in clamped]
+    facts = {
+        "command": "lens",
+        "origin": live.origin,
+        "parameters": {"kl": kl, "prompts": len(prompts), "seed": seed},
+        "direct": direct,
+        "clamped": clamped,
+    }
+    return Findings(facts, _heading(live), tables)
+
+
+def _direct_table(live: Live, found: DirectLens) -> Table:
+    rows = [(high.piece, high.logit, low.piece, low.logit) for high, low in zip(found.top, found.bottom, strict=True)]
+    what = "direction" if found.activation is None else f"decode at activation {found.activation:g}"
+    title = (
+        f"latent {found.latent}: {live.label(found.latent) or 'no label'}\n{what} through norm and unembedding; the highest "
+        f"logit of random directions is below {found.floor:.3g} in 95 % of cases"
+    )
+    return Table(title, ("promoted", "logit", "suppressed", "logit"), rows)
+
+
+def _clamped_table(found: ClampedLens, kl: float) -> Table:
+    matched = found.matched
+    if found.effect is None:
+        reached = figure(matched.kl)
+        return Table(f"latent {found.latent}: no clamp reaches KL {kl:g} (most: {reached})", ("token",), [])
+    floor = (
+        ""
+        if found.floor is None
+        else f"; the highest riser of random directions at that KL: {figure(found.floor.value)}"
+    )
+    title = (
+        f"latent {found.latent} clamped to {figure(matched.strength)}: change of log-probability on {found.effect.n} other "
+        f"prompts, KL {figure(found.effect.kl.value, found.effect.kl.low, found.effect.kl.high)}{floor}"
+    )
+    rows = [
+        (kind, one.text, one.clean, one.changed, figure(one.logprob.value, one.logprob.low, one.logprob.high))
+        for kind, tokens in (("rises", found.effect.risers), ("falls", found.effect.fallers))
+        for one in tokens
+    ]
+    return Table(title, ("", "token", "clean", "changed", "log-probability"), rows)
 
 
 def probing(

@@ -58,8 +58,8 @@ class Bench:
     search: int
     """Prompts on which sets are searched."""
     held_out: int
-    steps: int
-    """Of integrated gradients; 0 for one gradient."""
+    groups: int
+    """Of latents, each with a path of its own; 0 takes one gradient for all."""
     seed: int
 
 
@@ -74,7 +74,8 @@ class Prompts:
 
     def part(self, start: int, stop: int) -> Prompts:
         """Return some of the pairs."""
-        return Prompts(*(column[start:stop] for column in (self.base, self.variant, self.answers, self.others)))
+        some = slice(start, stop)
+        return Prompts(self.base[some], self.variant[some], self.answers[some], self.others[some])
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--dictionary", type=Path, default=dictionary_path("tests"))
     parser.add_argument("--only", nargs="*", help="names of behaviours")
     parser.add_argument("--prompts", type=int, nargs=3, default=(16, 48, 48), help="attributed, search, held-out")
-    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--groups", type=int, default=32, help="of latents in attribution; 0 takes one gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args()
@@ -93,7 +94,8 @@ def main() -> None:
     dictionary = load_dictionary(str(chosen.dictionary), subject)
     model = LiveModel(subject, [dictionary], batch_tokens=8_192)
     rates = firing_rates(model, dictionary, [model.tokens(example.text) for example in generate(3, 400)])
-    bench = Bench(model, dictionary, rates, *chosen.prompts, chosen.steps, chosen.seed)
+    attributed, search, held_out = chosen.prompts
+    bench = Bench(model, dictionary, rates, attributed, search, held_out, chosen.groups, chosen.seed)
     rows = []
     for behaviour in behaviours():
         if not chosen.only or behaviour.name in chosen.only:
@@ -107,7 +109,8 @@ def measure(bench: Bench, behaviour: Behaviour) -> dict[str, Any]:
     began = time.perf_counter()
     pairs = drawn(bench, behaviour)
     few = pairs.part(0, bench.attributed)
-    row = {"behaviour": behaviour.name, "pairs": len(pairs.base)} | attributed(bench, few)
+    row: dict[str, Any] = {"behaviour": behaviour.name, "pairs": len(pairs.base)}
+    row |= against_exact(bench, few)
     row |= {f"zero_{key}": value for key, value in smallest(bench, pairs, interchange=False).items()}
     row |= {f"interchange_{key}": value for key, value in smallest(bench, pairs, interchange=True).items()}
     row["holds"] = bool(row["ratio"] >= 5 and (row["zero_flipped"] or 0) >= 0.8 and (row["zero_random"] or 0) <= 0.1)
@@ -130,11 +133,21 @@ def drawn(bench: Bench, behaviour: Behaviour) -> Prompts:
     return Prompts(list(found), list(variants), list(answers), list(others))
 
 
-def attributed(bench: Bench, pairs: Prompts) -> dict[str, Any]:
+def against_exact(bench: Bench, pairs: Prompts) -> dict[str, Any]:
     """Return how attribution's leaders and its order compare with exact effects."""
     model, dictionary = bench.model, bench.dictionary
     metric = LogitDifference(pairs.answers, pairs.others)
-    found = attribute(model, dictionary, pairs.base, metric, steps=bench.steps, top=dictionary.latents, exact=0)
+    paths = bool(bench.groups)
+    found = attribute(
+        model,
+        dictionary,
+        pairs.base,
+        metric,
+        steps=int(paths),
+        groups=max(1, bench.groups),
+        top=dictionary.latents,
+        exact=0,
+    )
     active = found.active
     exact = exact_effects(model, dictionary, pairs.base, metric, active.tolist()).mean(1)
     estimates = found.by_prompt(active).mean(1)

@@ -80,7 +80,7 @@ class Editor:
         for number, steps in self._rounds():
             for point, hook in self._round(steps):
                 # Names may be aliases of one point, where the order of steps holds all the same.
-                found = programs.setdefault(id(self._model.subject.bridge.hook_dict[point]), (point, []))
+                found = programs.setdefault(id(self._model.subject.points[point]), (point, []))
                 found[1].append((number, hook))
         for point, program in programs.values():
             yield point, _one_after_the_other([hook for _, hook in sorted(program, key=lambda entry: entry[0])])

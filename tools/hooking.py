@@ -88,13 +88,13 @@ def comes_before(subject: Subject, first: str, second: str, run: Callable[[], Te
 def _goes_around(subject: Subject, hook_point: str) -> str | None:
     """Return the output of the layer whose residual goes around this point, None where a hook reaches all of it."""
     block, _, name = hook_point.rpartition(".")
-    own = f"{block}.{name}" == subject.bridge.hook_dict[hook_point].name
+    own = f"{block}.{name}" == subject.points[hook_point].name
     return f"{block}.hook_resid_post" if name == "hook_resid_mid" and not own else None
 
 
 @contextmanager
 def _hook(subject: Subject, hook_point: str, change: Change, *, first: bool = False) -> Iterator[None]:
-    point = subject.bridge.hook_dict[hook_point]
+    point = subject.points[hook_point]
     level = next(_LEVELS)
 
     def hook(vectors: Tensor, hook: Any) -> Tensor | None:

@@ -76,6 +76,11 @@ class Subject:
             _, cache = self.bridge.run_with_cache(probe, names_filter=self._is_usable, return_cache_object=False)
         return {name: vectors[0, 0].numel() for name, vectors in cache.items() if vectors.shape[:2] == probe.shape}
 
+    @cached_property
+    def points(self) -> Mapping[str, Any]:
+        """Name → hook point of the bridge, which takes milliseconds to list them."""
+        return dict(self.bridge.hook_dict)
+
     def _is_usable(self, name: str) -> bool:
         return name == "hook_embed" or (name.startswith("blocks.") and name.split(".", 2)[-1] in _POINTS)
 
@@ -119,7 +124,7 @@ class Subject:
     def _through_bridge(self, tokens: Tensor, hook_point: str) -> Tensor:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-        point = self.bridge.hook_dict[hook_point]
+        point = self.points[hook_point]
 
         def stop(vectors: Tensor, hook: Any) -> Tensor:
             # The bridge itself stops layers so: its forward returns what the exception carries.

@@ -126,6 +126,18 @@ def test_ablation_from_other_texts(mode: str, leader: int, tmp_path: Path) -> No
         invoke("ablate", DESC, "--latent", str(leader), "--mode", mode)
 
 
+def test_lens_shows_what_a_latent_writes(leader: int, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"text": one.text[:-12]}) + "\n" for one in generate(8, 6)))
+    found = facts("lens", str(leader), "--prompts", str(file), "--top", "4", "--kl", "0.2")
+    [direct], [clamped] = found["direct"], found["clamped"]
+    assert direct["latent"] == clamped["latent"] == leader
+    assert len(direct["top"]) == 4 and direct["top"][0]["logit"] > direct["bottom"][0]["logit"]
+    assert clamped["matched"]["status"] in ("matched", "unreachable")
+    shown = invoke("lens", str(leader), "3", "--top", "4")
+    assert "random directions" in shown and "latent 3" in shown
+
+
 def test_compare_finds_what_sets_texts_apart(tmp_path: Path) -> None:
     texts = [one.text for one in generate(5, 400)]
     sides = [one for one in texts if " ORDER BY " in one], [one for one in texts if " ORDER BY " not in one]
@@ -168,6 +180,8 @@ def test_probe_never_stands_without_its_baseline(tmp_path: Path) -> None:
         (["ablate", DESC, "--latent", "1", "--mode", "zeroo"], "zeroo"),
         (["ablate", DESC, "--latent", "1", "--answer", " DESC"], "--other"),
         (["attribute", DESC, "--answer", " DESCENDANT"], "DESCENDANT"),
+        (["lens", "4096"], "4096"),
+        (["lens", "1", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["compare", "nowhere.txt", "nowhere.txt"], "nowhere.txt"),
         (["probe", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
