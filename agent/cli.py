@@ -25,7 +25,6 @@ app = typer.Typer(
 )
 evidence_app = typer.Typer(help="Bring evidence in from elsewhere, or hand it on, as JSON lines.", no_args_is_help=True)
 app.add_typer(evidence_app, name="evidence")
-app.registered_commands += instrument_cli.app.registered_commands
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 SetOption = Annotated[
@@ -156,6 +155,9 @@ def doctor() -> None:
     _say("\n".join(lines))
     if missing:
         raise typer.Exit(1)
+
+
+app.registered_commands += instrument_cli.app.registered_commands
 
 
 @evidence_app.command("import")

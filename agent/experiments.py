@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exegete.agent.findings import Findings, Table, figure
+from exegete.agent.gathering import BUNDLED, bundled_texts
 from exegete.agent.live import Live
 from exegete.tools.ablation_sets import Ablation
 from exegete.tools.attribution import LogitDifference, LogProbability, attribute
@@ -178,10 +179,9 @@ def _rates(live: Live, request: Request, prompts: Sequence[Tokens]) -> NDArray[n
     model = live.model
     if request.texts:
         return firing_rates(model, live.dictionary, [model.tokens(text) for text in request.texts])
-    if model.subject.name == "bundled":
-        from exegete.tools.bundled import sample_texts
-
-        return firing_rates(model, live.dictionary, [model.tokens(text) for text in sample_texts(request.seed, SAMPLE)])
+    if model.subject.name == BUNDLED:
+        texts = bundled_texts(request.seed, SAMPLE)
+        return firing_rates(model, live.dictionary, [model.tokens(text) for text in texts])
     raise UserError(
         "controls need firing rates: give --texts FILE or a --store with the dictionary's evidence, or --controls 0"
     )

@@ -132,6 +132,13 @@ def open_dictionary(path: str, subject: Subject) -> Dictionary:
     return dictionary
 
 
+def bundled_texts(seed: int, count: int) -> list[str]:
+    """Return requests of the bundled grammar, for what needs some text of the bundled subject's."""
+    from exegete.tools.bundled import sample_texts
+
+    return list(sample_texts(seed, count))
+
+
 def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progress) -> Corpus:
     from exegete.tools.corpus import build_corpus
 

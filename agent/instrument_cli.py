@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from exegete.agent.findings import Findings
     from exegete.agent.live import Live
+
+    OpenModel = Callable[[], Live]
 
 app = typer.Typer()
 """Its commands are registered with the main application."""
@@ -42,7 +47,7 @@ Store = Annotated[
     Path | None,
     typer.Option("--store", help="Store whose newest run names subject and dictionary, and whose labels are shown."),
 ]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with [subject] and [dictionary].")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file that names subject and dictionary.")]
 Subject = Annotated[str | None, typer.Option("--subject", help="Hugging Face name or folder; with --dictionary.")]
 Dictionary = Annotated[
     str | None, typer.Option("--dictionary", help="As in a configuration; `bundled:demo` by default.")
@@ -70,8 +75,50 @@ Top = Annotated[int, typer.Option("--top", min=1, help="Rows to show.")]
 Positions = Annotated[Where, typer.Option("--positions", help="From the prompt's last token on, or everywhere.")]
 
 
-@app.command()
+def open_model(
+    store: Store = None,
+    config: Config = None,
+    subject: Subject = None,
+    dictionary: Dictionary = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_tokens: BatchTokens = 4_096,
+) -> Live:
+    """Load what the options that all these commands share name."""
+    from exegete.agent.live import Wanted, open_live
+
+    return open_live(Wanted(store, config, subject, dictionary, device, dtype.value if dtype else None, batch_tokens))
+
+
+def on_live_model(command: Callable[..., Findings]) -> Callable[..., None]:
+    """Register a command whose first argument loads the model, with the options that say which, and how to write."""
+
+    @wraps(command)
+    def run(*, format: Shown, **given: Any) -> None:
+        wanted = {option.name: given.pop(option.name) for option in shared}
+        typer.echo(command(lambda: open_model(**wanted), **given).render(format.value))
+
+    shared = _options(open_model)
+    written = inspect.Parameter("format", inspect.Parameter.KEYWORD_ONLY, default=Shown.table, annotation=Format)
+    options = [*_options(command)[1:], written, *shared]
+    # Typer reads the command line off the signature.
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    app.command()(run)
+    return run
+
+
+def _options(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a function as keywords, their annotations resolved."""
+    later = dict.fromkeys(("Findings", "Live", "OpenModel"), Any)  # Imported for type checkers alone.
+    hints = get_type_hints(function, localns=later, include_extras=True)
+    named = inspect.signature(function).parameters.values()
+    return [one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]) for one in named]
+
+
+@on_live_model
 def steer(
+    model: OpenModel,
     prompts: Prompts = None,
     latent: Latents = None,
     kl: Annotated[
@@ -86,26 +133,19 @@ def steer(
     controls: Controls = 3,
     top: Top = 8,
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Turn latents up while the model writes, at a fixed KL, beside random latents and directions at the same KL."""
     from exegete.agent.experiments import Request, steering
 
     read = _texts(prompts, prompt_file), _texts(None, texts)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
+    live = model()
     request = Request(read[0], latent or (), read[1], positions.value, tokens, temperature, controls, top, seed)
-    _say(steering(live, request, kl=0.5 if kl is None and strength is None else kl, strength=strength), format)
+    return steering(live, request, kl=0.5 if kl is None and strength is None else kl, strength=strength)
 
 
-@app.command()
+@on_live_model
 def ablate(
+    model: OpenModel,
     prompts: Prompts = None,
     latent: Latents = None,
     mode: Annotated[str, typer.Option("--mode", help="zero; mean, or resample from --texts.")] = "zero",
@@ -121,26 +161,19 @@ def ablate(
     controls: Controls = 20,
     top: Top = 8,
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Take latents out and see what the model loses, beside random latents of the same firing rates."""
     from exegete.agent.experiments import Request, ablating
 
     read = _texts(prompts, prompt_file), _texts(None, texts)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
+    live = model()
     request = Request(read[0], latent or (), read[1], positions.value, tokens, temperature, controls, top, seed)
-    _say(ablating(live, request, mode=mode, answer=answer, other=other), format)
+    return ablating(live, request, mode=mode, answer=answer, other=other)
 
 
-@app.command()
+@on_live_model
 def attribute(
+    model: OpenModel,
     answer: Annotated[str, typer.Option("--answer", help="The token whose log-probability is attributed.")],
     prompts: Prompts = None,
     other: Annotated[
@@ -153,50 +186,36 @@ def attribute(
     ] = 1,
     top: Top = 10,
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Say which latents hold a token up, by gradients, with the exact effect of ablating the leaders beside them."""
     from exegete.agent.experiments import Request, attributing
 
     read = _texts(prompts, prompt_file)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
+    live = model()
     request = Request(read, top=top, seed=seed)
-    _say(attributing(live, request, answer=answer, other=other, steps=steps, groups=groups), format)
+    return attributing(live, request, answer=answer, other=other, steps=steps, groups=groups)
 
 
-@app.command()
+@on_live_model
 def lens(
+    model: OpenModel,
     latents: Annotated[list[int], typer.Argument(help="Latents.")],
     prompt_file: PromptFile = None,
     kl: Annotated[float, typer.Option("--kl", help="Of the clamp on the prompts.")] = 0.5,
     top: Top = 10,
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Show the tokens that a latent's direction promotes, and on --prompts what clamping it changes."""
     from exegete.agent.readings import looking
 
     read = _texts(None, prompt_file)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
-    _say(looking(live, latents, read, kl=kl, top=top, seed=seed), format)
+    live = model()
+    return looking(live, latents, read, kl=kl, top=top, seed=seed)
 
 
-@app.command()
+@on_live_model
 def compare(
+    model: OpenModel,
     first: Annotated[Path, typer.Argument(help="Texts: .txt, a line each, or .jsonl with `text`.")],
     second: Annotated[Path, typer.Argument(help="The texts that they are held against.")],
     paired: Annotated[bool, typer.Option("--paired", help="Line by line the same texts, but for a change.")] = False,
@@ -208,29 +227,21 @@ def compare(
     pooling: Annotated[str, typer.Option("--pooling", help="Over a text's tokens: max or mean.")] = "max",
     top: Top = 20,
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Find the latents that differ between two sets of texts, with false discoveries controlled by permutation."""
     from exegete.agent.readings import comparing
 
     read = _texts(None, first), _texts(None, second)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
-    found = comparing(
+    live = model()
+    return comparing(
         live, *read, names=(str(first), str(second)), paired=paired, method=method, fdr=fdr, permutations=permutations,
         pooling=pooling, top=top, seed=seed,
     )  # fmt: skip
-    _say(found, format)
 
 
-@app.command()
+@on_live_model
 def probe(
+    model: OpenModel,
     file: Annotated[
         Path, typer.Argument(help='JSON lines: {"text": …, "label": 0 or 1}, and "group" where texts belong together.')
     ],
@@ -241,46 +252,17 @@ def probe(
     folds: Annotated[int, typer.Option("--folds", min=2, help="Of the cross-validation.")] = 5,
     label_field: Annotated[str, typer.Option("--label", help="Field of the label.")] = "label",
     seed: Seed = 0,
-    format: Format = Shown.table,
-    store: Store = None,
-    config: Config = None,
-    subject: Subject = None,
-    dictionary: Dictionary = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch_tokens: BatchTokens = 4_096,
-) -> None:
+) -> Findings:
     """Say how well few latents tell two kinds of texts apart, always beside probes on the residual stream."""
     from exegete.agent.live import read_records
     from exegete.agent.readings import probing
 
     records = read_records(file)
-    live = _live(store, config, subject, dictionary, device, dtype, batch_tokens)
-    _say(
-        probing(live, records, ks=k or (1, 5, 16), pooling=pooling, folds=folds, label_field=label_field, seed=seed),
-        format,
-    )
+    live = model()
+    return probing(live, records, ks=k or (1, 5, 16), pooling=pooling, folds=folds, label_field=label_field, seed=seed)
 
 
 def _texts(given: list[str] | None, file: Path | None) -> list[str]:
     from exegete.agent.live import read_texts
 
     return [*(given or []), *(read_texts(file) if file else [])]
-
-
-def _live(
-    store: Path | None,
-    config: Path | None,
-    subject: str | None,
-    dictionary: str | None,
-    device: str | None,
-    dtype: Precision | None,
-    batch_tokens: int,
-) -> Live:
-    from exegete.agent.live import Wanted, open_live
-
-    return open_live(Wanted(store, config, subject, dictionary, device, dtype.value if dtype else None, batch_tokens))
-
-
-def _say(findings: Findings, format: Any) -> None:
-    typer.echo(findings.render(format.value))

@@ -32,7 +32,7 @@ def live() -> Live:
 
 @pytest.fixture(autouse=True)
 def loaded_once(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instrument_cli, "_live", lambda *_: live)
+    monkeypatch.setattr(instrument_cli, "open_model", lambda **_: live)
 
 
 def invoke(*arguments: str) -> str:
