@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from exegete.tools.ablation_sets import ZERO, Ablation, firing_rates, random_sets
+from exegete.tools.ablation_sets import ZERO, Ablation, random_sets
 from exegete.tools.attribution import LogitDifference, attribute, exact_effects, rank_agreement
 from exegete.tools.bundled import dictionary_path, subject_path
 from exegete.tools.bundled.behaviours import Behaviour, behaviours
 from exegete.tools.bundled.grammar import generate
+from exegete.tools.controls import firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.dictionary_loaders import load_dictionary
 from exegete.tools.growing import grow

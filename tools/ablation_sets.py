@@ -18,7 +18,7 @@ from exegete.tools.codes import blocks
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
 from exegete.tools.interventions import CLEAN, Intervention, Positions, Tokens, ablate, patch
-from exegete.tools.live_model import LiveModel, Reading, Trial
+from exegete.tools.live_model import LiveModel, Trial
 from exegete.tools.seeds import generator
 
 _NEAREST = 10
@@ -107,26 +107,6 @@ def require_set(model: LiveModel, dictionary: Dictionary, latents: Sequence[int]
     return numbers
 
 
-def firing_rates(model: LiveModel, dictionary: Dictionary, prompts: Sequence[Tokens]) -> Floats:
-    """Return the share of the prompts' tokens, special ones left out, on which each latent fires; shape (latent,).
-
-    Raises:
-        UserError: as `LiveModel.run`; or the prompts have special tokens only.
-    """
-
-    def read(reading: Reading) -> list[tuple[Floats, int]]:
-        return [_firings(model, dictionary, reading, row) for row in range(len(reading.batch.trials))]
-
-    trials = [Trial(prompt) for prompt in prompts]
-    total, tokens = np.zeros(dictionary.latents), 0
-    for counts, length in model.run(trials, read, keep="none", points=[dictionary.hook_point]):
-        total += counts
-        tokens += length
-    if not tokens:
-        raise UserError("the prompts have special tokens only, on which no latent counts as firing; give some text")
-    return total / tokens
-
-
 def spelled(model: LiveModel, tokens: Tokens) -> Tensor:
     """Return which tokens of a prompt text spells, shape (token,)."""
     special = model.subject.special_tokens
@@ -138,17 +118,6 @@ def dense_codes(dictionary: Dictionary, x: Tensor) -> list[Tensor]:
     if dictionary.conditioned:
         return [dictionary.encode(x[None])[0]]
     return [dictionary.encode(part) for part in blocks(x, dictionary)]
-
-
-def _firings(model: LiveModel, dictionary: Dictionary, reading: Reading, row: int) -> tuple[Floats, int]:
-    tokens = reading.batch.trials[row].tokens
-    counted = spelled(model, tokens)
-    counts, start = np.zeros(dictionary.latents), 0
-    for part in dense_codes(dictionary, reading.of(dictionary.hook_point, row)):
-        fires = (part > 0) & counted[start : start + len(part), None]
-        counts += fires.sum(0).cpu().numpy()
-        start += len(part)
-    return counts, int(counted.sum())
 
 
 def require_rates(dictionary: Dictionary, rates: ArrayLike) -> Floats:

@@ -26,12 +26,12 @@ from exegete.tools.ablation_sets import (
     Ablation,
     Floats,
     dense_codes,
-    firing_rates,
     random_sets,
     require_rates,
     require_set,
     spelled,
 )
+from exegete.tools.controls import firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
 from exegete.tools.intervals import Figure, around

@@ -23,11 +23,11 @@ from exegete.tools.ablation_sets import (
     ZERO,
     Ablation,
     Floats,
-    firing_rates,
     random_sets,
     require_rates,
     require_set,
 )
+from exegete.tools.controls import firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
 from exegete.tools.intervals import Figure, around

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from exegete.tools.ablation_sets import ZERO, firing_rates
+from exegete.tools.ablation_sets import ZERO
+from exegete.tools.controls import firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.dormant_latents import dormant_latents
 from exegete.tools.errors import UserError

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from exegete.tools.ablation_sets import Ablation, firing_rates, random_sets
+from exegete.tools.ablation_sets import Ablation, random_sets
 from exegete.tools.bundled.behaviours import behaviours
+from exegete.tools.controls import firing_rates
 from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
 from exegete.tools.intervals import mean, share
