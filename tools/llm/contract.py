@@ -1,0 +1,177 @@
+"""Language models behind one awaitable call: what is asked, what comes back, and who keeps it.
+
+A `Client` completes a `Request`, at once or hours later (batches); whoever awaits it cannot tell which. What went wrong is
+a `Reply` with a status, never an exception, except for what the user must mend before any money is spent (`UserError`).
+
+Cache and journal are injected, so that nothing here knows the store: before a request is sent its intent is written
+down, and its reply before it is used. A request is known by its content, so the same question is never paid twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from exegete.tools.seeds import digest
+
+Role = Literal["system", "user", "assistant"]
+
+Status = Literal["ok", "unparsed", "refused", "truncated", "filtered", "empty", "error", "unknown"]
+"""ok; no valid JSON after one repair; the model declined; cut at `max_tokens`; stopped by a content filter; no text; the
+provider failed for good (`detail` says how); sent, but killed before the reply was written down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A conversation to be completed."""
+
+    messages: tuple[Message, ...]
+    schema: str | None = None
+    """JSON Schema of the answer, as canonical JSON text; None for free text."""
+    max_tokens: int = 1_024
+    temperature: float | None = None
+    """None leaves the provider's default (some models take no other)."""
+    logprobs: bool = False
+    """Ask for log-probabilities of the answer's tokens, where the server has them."""
+    shared: int = 0
+    """So many messages at the beginning are the same in many requests: what a provider can cache."""
+    prompt_digest: str = ""
+    """Of the template that it was rendered from."""
+    sample: int = 0
+    """Which of several answers to the same question."""
+
+    def id(self, model: str) -> str:
+        """Return the content address of this request to `model`: `sha256:…`."""
+        return digest(model, json.dumps(asdict(self), sort_keys=True, ensure_ascii=False))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of an answer with its alternatives."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+    """Most probable tokens there, with their log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the provider counted them."""
+
+    input_tokens: int = 0
+    """In all, cached ones included."""
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.cached_input_tokens + other.cached_input_tokens,
+            self.cache_write_tokens + other.cache_write_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back."""
+
+    status: Status
+    text: str = ""
+    parsed: Any = None
+    """The validated JSON value, where a schema was asked for and `status` is "ok"."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """None where the server gives none."""
+    model: str = ""
+    """As the server names it."""
+    usage: Usage = field(default_factory=Usage)
+    usd: float = 0.0
+    seconds: float = 0.0
+    attempts: int = 1
+    """Times that it was sent, the repair included."""
+    cached: bool = False
+    """Taken from the journal or cache: not paid for this time."""
+    detail: str = ""
+    """What the provider said, where `status` is not "ok"."""
+
+
+class Client(Protocol):
+    """Completes conversations with one model."""
+
+    name: str
+    """As the user wrote it, for example `anthropic:MODEL` or `openai:MODEL@URL`."""
+
+    async def complete(self, request: Request) -> Reply:
+        """Return the reply. Failures have a status.
+
+        Raises:
+            UserError: nothing can come of asking (no key, no such model, budget used up): the run must stop and say so.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give connections back."""
+        ...
+
+
+class PromptScorer(Protocol):
+    """A local model that gives the log-probability of text after a prompt (surprisal, intervention scoring)."""
+
+    name: str
+
+    async def logprobs(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Return the natural log-probability of each continuation after `prompt`, summed over its tokens."""
+        ...
+
+
+class Journal(Protocol):
+    """Keeps intents and replies; durable before it returns. `agent` supplies the store's."""
+
+    async def known(self, call: str) -> Reply | None:
+        """Return the reply of the call with this id (`Request.id`), None where there is none."""
+        ...
+
+    async def intend(self, call: str, model: str, worst_usd: float) -> None:
+        """Write down that the call is about to be sent, and what it may cost at most."""
+        ...
+
+    async def answered(self, call: str, reply: Reply) -> None:
+        """Write down the reply; from then on it may be used."""
+        ...
+
+
+class MemoryJournal:
+    """A journal that forgets with the process: for tests, and for single questions."""
+
+    def __init__(self) -> None:
+        self.intents: dict[str, tuple[str, float]] = {}
+        self.replies: dict[str, Reply] = {}
+
+    async def known(self, call: str) -> Reply | None:
+        """Return the reply that was written down."""
+        return self.replies.get(call)
+
+    async def intend(self, call: str, model: str, worst_usd: float) -> None:
+        """Write the intent down."""
+        self.intents[call] = (model, worst_usd)
+
+    async def answered(self, call: str, reply: Reply) -> None:
+        """Write the reply down."""
+        self.replies[call] = reply
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """Return a JSON Schema as the canonical text that `Request.schema` takes."""
+    return json.dumps(schema, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
