@@ -5,6 +5,7 @@ A test holds the page against this, so a command, configuration field or view wi
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 import tempfile
@@ -31,6 +32,7 @@ def reference() -> str:
         ("Judges", _makers("judge"), ("name", "what it does")),
         ("Evaluators", _makers("evaluator"), ("name", "what it does")),
         ("Prompts", _prompts(), ("file", "what it asks")),
+        ("Instruments", _instruments(), ("in `exegete.tools`", "what it does")),
     ):
         found = list(rows)
         parts += ["", f"## {title}", "", *(_table(columns, found) if found else ["None so far."])]
@@ -80,6 +82,24 @@ def _prompts() -> Iterator[tuple[str, ...]]:
     for entry in sorted(files("exegete.prompts").iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".j2"):
             yield f"`{entry.name}`", entry.read_text(encoding="utf-8").split("#}")[0].removeprefix("{#").strip()
+
+
+INSTRUMENTS = (
+    *("live_model", "interventions", "generation", "strength", "controls", "effects", "steering_grid"),
+    *("attribution", "exact_effects", "growing", "minimal_set", "random_masks", "interactions", "dormant_latents"),
+    *("lens", "text_activations", "comparing", "probes", "directions", "neighbours", "cofiring"),
+    *("dictionary_quality", "scheduling"),
+)
+"""Modules of `exegete.tools` for whoever experiments on a live model."""
+
+
+def _instruments() -> Iterator[tuple[str, ...]]:
+    for name in INSTRUMENTS:
+        module = importlib.import_module(f"exegete.tools.{name}")
+        for called, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__ and not called.startswith("_")
+            if own and (inspect.isfunction(value) or called in ("LiveModel", "Scheduler")):
+                yield f"`{name}.{called}`", _first_lines(value)
 
 
 def _views() -> Iterator[str]:
