@@ -95,7 +95,12 @@ class Evaluator(Protocol):
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 _REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {"evaluator": {}, "judge": {}}
-_BUILT_IN = ("exegete.evaluators.detection", "exegete.evaluators.fuzzing", "exegete.evaluators.predicate_judge")
+_BUILT_IN = (
+    "exegete.evaluators.detection",
+    "exegete.evaluators.embedding",
+    "exegete.evaluators.fuzzing",
+    "exegete.evaluators.predicate_judge",
+)
 
 
 def _register(kind: str, name: str) -> Callable[[Maker], Maker]:
