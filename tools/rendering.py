@@ -14,8 +14,17 @@ OPEN, CLOSE = "<<", ">>"
 _LOOK_ALIKES = str.maketrans({"<": "‹", ">": "›", "`": "ˋ"})
 _CONTROL = {c: f"\\x{c:02x}" for c in [*range(32), 127, *range(128, 160)]} | {0x0A: "⏎", 0x09: "→", 0x0D: "\\r"}
 _INVISIBLE = dict.fromkeys(
-    [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, 0x2028, 0x2029], "�"
+    [
+        *(0x00AD, 0x061C, 0x180E, 0xFEFF, 0x2028, 0x2029),
+        *range(0x200B, 0x2010),
+        *range(0x202A, 0x202F),
+        *range(0x2060, 0x2070),
+        *range(0xD800, 0xE000),
+        *range(0xE0000, 0xE1000),
+    ],
+    "�",
 )
+"""Format characters, halves of surrogate pairs (they have no UTF-8), and the tag characters, which spell hidden text."""
 _CLEAN = {**_LOOK_ALIKES, **_CONTROL, **_INVISIBLE}
 
 
