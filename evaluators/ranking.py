@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exegete.evaluators.contract import Evaluation, Score
 from exegete.evaluators.detection import evenly, sampled
-from exegete.evaluators.statistics import UNDEFINED, Z_95, Bools, Floats, Interval, auroc
+from exegete.evaluators.statistics import UNDEFINED, Z_95, Interval, auroc
 from exegete.tools.windows import Kind, LatentEvidence, Split, Window
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 
 class Windows(NamedTuple):
