@@ -99,6 +99,7 @@ _BUILT_IN = (
     "exegete.evaluators.detection",
     "exegete.evaluators.embedding",
     "exegete.evaluators.fuzzing",
+    "exegete.evaluators.model_judge",
     "exegete.evaluators.predicate_judge",
     "exegete.evaluators.simulation",
 )
