@@ -102,6 +102,7 @@ _BUILT_IN = (
     "exegete.evaluators.model_judge",
     "exegete.evaluators.predicate_judge",
     "exegete.evaluators.simulation",
+    "exegete.evaluators.surprisal",
 )
 
 
