@@ -1,0 +1,23 @@
+"""Serve on a free port of loopback until standard input closes; the port is the first line of standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+
+from .routes import Server
+from .wire import serve
+
+
+async def main() -> None:
+    """Serve until whoever started this process is gone."""
+    server = await serve(Server().handle)
+    gc.freeze()
+    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+    sys.stdout.flush()
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    server.close()
+
+
+asyncio.run(main())
