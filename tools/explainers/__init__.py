@@ -3,6 +3,13 @@
 An explainer is one class in one file that carries `@explainer("name")`; built-ins register through the same door as plugins.
 """
 
-from exegete.tools.explainers.contract import Explainer, Explanation, explainer, explainer_names, make_explainer
+from exegete.tools.explainers.contract import (
+    Explainer,
+    Explanation,
+    NotExplained,
+    explainer,
+    explainer_names,
+    make_explainer,
+)
 
-__all__ = ["Explainer", "Explanation", "explainer", "explainer_names", "make_explainer"]
+__all__ = ["Explainer", "Explanation", "NotExplained", "explainer", "explainer_names", "make_explainer"]

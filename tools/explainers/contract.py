@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from exegete.tools.errors import UserError, nearest
+from exegete.tools.errors import ExegeteError, UserError, nearest
 from exegete.tools.seeds import digest
 from exegete.tools.windows import LatentEvidence
 
@@ -33,6 +33,14 @@ class Explanation:
         return digest(dictionary, str(latent), self.text, self.predicate or "", made_with, self.parent or "")
 
 
+class NotExplained(ExegeteError):
+    """The language model that was asked gave no explanation: refused, cut short, unparsed, … `status` says which."""
+
+    def __init__(self, status: str, detail: str = "") -> None:
+        super().__init__(f"{status}: {detail}" if detail else status)
+        self.status = status
+
+
 class Explainer(Protocol):
     """Writes the explanation of one latent."""
 
@@ -42,13 +50,23 @@ class Explainer(Protocol):
         """Return an explanation of what `evidence` shows, or None where it shows nothing that can be said.
 
         `evidence` holds only the splits an explainer may see; `seed` is the latent's own.
+
+        Raises:
+            NotExplained: a language model was asked and failed to answer: that says nothing about the evidence.
         """
         ...
 
 
 Maker = TypeVar("Maker", bound=Callable[..., Explainer])
 _MAKERS: dict[str, Callable[..., Explainer]] = {}
-_BUILT_IN = ("exegete.tools.explainers.lexical", "exegete.tools.explainers.given")
+_BUILT_IN = (
+    "exegete.tools.explainers.best_of",
+    "exegete.tools.explainers.clusters",
+    "exegete.tools.explainers.contrastive",
+    "exegete.tools.explainers.given",
+    "exegete.tools.explainers.lexical",
+    "exegete.tools.explainers.one_shot",
+)
 
 
 def explainer(name: str) -> Callable[[Maker], Maker]:
