@@ -100,6 +100,7 @@ _BUILT_IN = (
     "exegete.evaluators.embedding",
     "exegete.evaluators.fuzzing",
     "exegete.evaluators.model_judge",
+    "exegete.evaluators.intervention",
     "exegete.evaluators.predicate_judge",
     "exegete.evaluators.simulation",
     "exegete.evaluators.surprisal",
