@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exegete.evaluators import judging
+from exegete.evaluators.clustering import Clustering
 from exegete.evaluators.contract import Evaluation, Judge, evaluator
 from exegete.evaluators.judging import ITEMS_PER_PROMPT, Question
+from exegete.evaluators.stopping import Stopping
 from exegete.tools.explainers import Explanation
 from exegete.tools.windows import Kind, LatentEvidence, Split, Window
 
@@ -27,12 +29,19 @@ class Detection:
         negatives: Sequence[Kind] = ("random",),
         items_per_prompt: int = ITEMS_PER_PROMPT,
         items_per_class: int | None = None,
+        clustering: Clustering | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
-        """Score on `split`, against non-firing windows of the kinds `negatives`; at most `items_per_class` of each truth."""
+        """Score on `split`, against non-firing windows of the kinds `negatives`; at most `items_per_class` of each truth.
+
+        `clustering` and `stopping` are those of `judging.evaluate`.
+        """
         self.split = split
         self.negatives = tuple(negatives)
         self.items_per_prompt = items_per_prompt
         self.items_per_class = items_per_class
+        self.clustering = clustering
+        self.stopping = stopping
 
     async def evaluate(self, explanation: Explanation, evidence: LatentEvidence, judge: Judge, seed: int) -> Evaluation:
         """Return the scores of `explanation` on the unmarked windows of the split."""
@@ -41,7 +50,10 @@ class Detection:
         silent = [w for w in windows if not w.fires and w.kind in self.negatives][: self.items_per_class]
         questions = [Question(w, truth=w.fires) for w in [*firing, *silent]]
         parameters = {"split": self.split, "negatives": self.negatives, "items_per_prompt": self.items_per_prompt}
-        return await judging.evaluate("detection", explanation, questions, judge, seed, parameters)
+        return await judging.evaluate(
+            "detection", explanation, questions, judge, seed, parameters,
+            clustering=self.clustering, stopping=self.stopping,
+        )  # fmt: skip
 
 
 def sampled(windows: Sequence[Window]) -> list[Window]:

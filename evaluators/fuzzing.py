@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 
 from exegete.evaluators import judging
+from exegete.evaluators.clustering import Clustering
 from exegete.evaluators.contract import Evaluation, Judge, evaluator
 from exegete.evaluators.detection import evenly, sampled
 from exegete.evaluators.judging import ITEMS_PER_PROMPT, Question
+from exegete.evaluators.stopping import Stopping
 from exegete.tools.explainers import Explanation
 from exegete.tools.seeds import generator
 from exegete.tools.windows import Kind, LatentEvidence, Split, Window
@@ -35,8 +37,10 @@ class Fuzzing:
         kinds: Sequence[Kind] = ("random",),
         items_per_prompt: int = ITEMS_PER_PROMPT,
         items_per_class: int | None = None,
+        clustering: Clustering | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
-        """Score on `split`.
+        """Score on `split`; `clustering` and `stopping` are those of `judging.evaluate`.
 
         `negatives`: "silent" marks non-firing windows (of `kinds`), "misplaced" marks non-firing tokens of firing windows.
         """
@@ -45,6 +49,8 @@ class Fuzzing:
         self.kinds = tuple(kinds)
         self.items_per_prompt = items_per_prompt
         self.items_per_class = items_per_class
+        self.clustering = clustering
+        self.stopping = stopping
 
     async def evaluate(self, explanation: Explanation, evidence: LatentEvidence, judge: Judge, seed: int) -> Evaluation:
         """Return the scores of `explanation` on marked windows of the split: imported ones as they stand, else ours."""
@@ -59,7 +65,10 @@ class Fuzzing:
             "negatives": "imported" if marked else self.negatives,
             "items_per_prompt": self.items_per_prompt,
         }
-        return await judging.evaluate("fuzzing", explanation, questions, judge, seed, parameters)
+        return await judging.evaluate(
+            "fuzzing", explanation, questions, judge, seed, parameters,
+            clustering=self.clustering, stopping=self.stopping,
+        )  # fmt: skip
 
     def _questions(self, windows: Sequence[Window], rng: np.random.Generator) -> list[Question]:
         firing = [w for w in sampled(windows) if w.firing_positions()]

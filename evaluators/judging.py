@@ -2,7 +2,11 @@
 
 1. Items are shuffled by the latent's seed and cut into prompts of `items_per_prompt` (5 by default).
 2. Each prompt goes to the judge; its verdicts come back in order, failures with a status (never dropped).
-3. Metrics rest on the verdicts that were given; failures are counted beside every figure.
+3. Metrics rest on the verdicts that were given; failures are counted beside every figure (`scoring`).
+
+With `stopping`, each prompt holds both classes in the same proportion, prompts are asked in rounds of a few, and no more
+round is asked once the confidence sequence over prompts excludes the target (PROTOCOLS §13). Rounds are cut in advance, so
+what is asked depends on the latent's seed and verdicts alone and not on which reply comes first.
 """
 
 from __future__ import annotations
@@ -12,16 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from exegete.evaluators import statistics
-from exegete.evaluators.contract import Evaluation, Item, Judge, JudgedItem, Score, Task
-from exegete.evaluators.statistics import UNDEFINED, Interval
+from exegete.evaluators import scoring
+from exegete.evaluators.clustering import Clustering
+from exegete.evaluators.contract import Evaluation, Item, Judge, JudgedItem, Task
+from exegete.evaluators.scoring import METRICS as METRICS
+from exegete.evaluators.stopping import ConfidenceSequence, Stopping, balanced_order
 from exegete.tools.explainers import Explanation
 from exegete.tools.seeds import derive_seed, generator
 from exegete.tools.windows import Window
 
-METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc", "auprc")
 ITEMS_PER_PROMPT = 5
 
 
@@ -34,6 +37,9 @@ class Question:
     marks: tuple[int, ...] | None = None
 
 
+Prompt = Sequence[Question]
+
+
 async def evaluate(
     task: Task,
     explanation: Explanation,
@@ -41,71 +47,72 @@ async def evaluate(
     judge: Judge,
     seed: int,
     parameters: Mapping[str, Any],
+    *,
+    clustering: Clustering | None = None,
+    stopping: Stopping | None = None,
 ) -> Evaluation:
-    """Have `questions` judged and return every metric with its interval, and the verdicts."""
-    judged = await _judge(task, explanation, questions, judge, seed, int(parameters["items_per_prompt"]))
+    """Have `questions` judged and return every metric with its interval, and the verdicts.
+
+    `clustering`: what a frozen pilot has shown of the judge; where None, what is expected of any judge of its kind.
+    `stopping`: when to ask no more; all questions are asked where None. Its fields, the bound's name, the prompts asked
+    and planned, and whether it stopped are parameters of the scores then.
+    """
+    per_prompt = int(parameters["items_per_prompt"])
     described = {**parameters, "judge": judge.name}
-    return Evaluation(tuple(_scores(task, judged, seed, described)), tuple(judged))
+    if stopping is None:
+        prompts = _shuffled(questions, per_prompt, seed, task)
+        judged = await _ask(task, explanation, prompts, judge, seed, 0)
+    else:
+        prompts = _balanced(questions, per_prompt, seed, task)
+        judged, more = await _ask_until(task, explanation, prompts, judge, seed, stopping)
+        described |= {"prompts_planned": len(prompts), **more}
+    expected = clustering or scoring.expected_clustering(judge)
+    return Evaluation(scoring.scores(task, judged, described, expected, stopping), tuple(judged))
 
 
-async def _judge(
-    task: Task, explanation: Explanation, questions: Sequence[Question], judge: Judge, seed: int, per_prompt: int
+async def _ask_until(
+    task: Task, explanation: Explanation, prompts: Sequence[Prompt], judge: Judge, seed: int, stopping: Stopping
+) -> tuple[list[JudgedItem], dict[str, Any]]:
+    """Ask round after round until the sequence excludes the target; return the verdicts, and how it ended."""
+    sequence = ConfidenceSequence(stopping.target, stopping.confidence)
+    judged: list[JudgedItem] = []
+    asked = 0
+    while asked < len(prompts) and not sequence.stopped:
+        coming = prompts[asked : asked + stopping.prompts_per_round]
+        answered = await _ask(task, explanation, coming, judge, seed, asked)
+        sequence.update(scoring.outcomes(answered))
+        judged += answered
+        asked += len(coming)
+    return judged, {"prompts_asked": asked, "stopped": sequence.stopped}
+
+
+async def _ask(
+    task: Task, explanation: Explanation, prompts: Sequence[Prompt], judge: Judge, seed: int, first: int
 ) -> list[JudgedItem]:
-    order = generator(seed, task, "order").permutation(len(questions))
-    shuffled = [questions[i] for i in order]
-    prompts = [shuffled[at : at + per_prompt] for at in range(0, len(shuffled), per_prompt)]
+    """Ask all of `prompts` at once; the number of the first one is `first`."""
     answers = await asyncio.gather(
         *(
             judge.judge(
                 task, explanation, [Item(q.window.tokens, q.marks) for q in prompt], derive_seed(seed, task, number)
             )
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts, first)
         )
     )
     return [
         JudgedItem(question.window, question.marks, question.truth, verdict, number)
-        for number, (prompt, verdicts) in enumerate(zip(prompts, answers, strict=True))
+        for number, (prompt, verdicts) in enumerate(zip(prompts, answers, strict=True), first)
         for question, verdict in zip(prompt, verdicts, strict=True)
     ]
 
 
-def _scores(task: Task, judged: Sequence[JudgedItem], seed: int, parameters: Mapping[str, Any]) -> list[Score]:
-    given = [item for item in judged if item.verdict.applies is not None]
-    failures = len(judged) - len(given)
-    positives = sum(item.truth for item in given)
-    described = {**parameters, "positives": positives, "base_rate": positives / len(given) if given else None}
-    intervals = _intervals(given, generator(seed, task, "bootstrap"))
+def _shuffled(questions: Sequence[Question], per_prompt: int, seed: int, task: Task) -> list[Prompt]:
+    order = generator(seed, task, "order").permutation(len(questions))
+    shuffled = [questions[i] for i in order]
+    return [shuffled[at : at + per_prompt] for at in range(0, len(shuffled), per_prompt)]
+
+
+def _balanced(questions: Sequence[Question], per_prompt: int, seed: int, task: Task) -> list[Prompt]:
+    truth = [question.truth for question in questions]
     return [
-        Score(task, metric, *interval, n=len(given), failures=failures, status=_status(judged, given, interval, metric),
-              parameters=described)
-        for metric, interval in intervals.items()
-    ]  # fmt: skip
-
-
-def _status(judged: Sequence[JudgedItem], given: Sequence[JudgedItem], interval: Interval, metric: str) -> str:
-    if interval.value is not None:
-        return "ok"
-    if not judged:
-        return "no_items"
-    if not given:
-        return judged[0].verdict.status
-    return "no_probabilities" if metric in ("auroc", "auprc") else "one_class"
-
-
-def _intervals(given: Sequence[JudgedItem], rng: np.random.Generator) -> dict[str, Interval]:
-    truth = np.array([item.truth for item in given], dtype=np.bool_)
-    said = np.array([bool(item.verdict.applies) for item in given], dtype=np.bool_)
-    prompts = np.array([item.prompt for item in given], dtype=np.int64)
-    intervals = {
-        "balanced_accuracy": statistics.balanced_accuracy(truth, said, prompts),
-        "tpr": statistics.rate_interval(said[truth], prompts[truth]),
-        "tnr": statistics.rate_interval(~said[~truth], prompts[~truth]),
-        "f1": statistics.f1(truth, said, prompts, rng),
-        "auroc": UNDEFINED,
-        "auprc": UNDEFINED,
-    }
-    if given and all(item.verdict.probability is not None for item in given):
-        probabilities = np.array([item.verdict.probability for item in given], dtype=np.float64)
-        for name, metric in (("auroc", statistics.auroc), ("auprc", statistics.auprc)):
-            intervals[name] = statistics.bootstrap(metric, truth, probabilities, prompts, rng)
-    return intervals
+        [questions[i] for i in prompt] for prompt in balanced_order(truth, per_prompt, generator(seed, task, "order"))
+    ]

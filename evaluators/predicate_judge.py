@@ -23,6 +23,8 @@ class PredicateJudge:
     """Judges any explanation that carries a predicate; one that carries none gets verdicts of status "no_predicate"."""
 
     name = "predicate"
+    reads_items_alone = True
+    """Its verdicts have no more in common within a prompt than across prompts."""
 
     async def judge(self, task: Task, explanation: Explanation, items: Sequence[Item], seed: int) -> list[Verdict]:
         """Return one verdict per item, in order; of status "unparsed" where the predicate does not parse."""
