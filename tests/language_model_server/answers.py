@@ -26,6 +26,8 @@ class Said:
 
     applies: bool
     confidence: float = 0.999
+    words: tuple[str, str] = ("0", "1")
+    """What is written for no and for yes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ def fill(schema: Mapping[str, Any], root: Mapping[str, Any], content: Content, n
         for part in schema["$ref"].removeprefix("#/").split("/"):
             target = target[part]
         return fill(target, root, content, name, at)
-    if "anyOf" in schema:
-        return fill(schema["anyOf"][0], root, content, name, at)
     if name in content.named and at < 0:
         return content.named[name]
+    if "anyOf" in schema:
+        return fill(schema["anyOf"][0], root, content, name, at)
     kind = schema.get("type")
     if kind == "object":
         return _object(schema, root, content, at)
@@ -122,34 +124,26 @@ def _leaf(schema: Mapping[str, Any], content: Content, name: str, at: int) -> An
     choices = schema.get("enum")
     if choices:
         return _choice(choices, said)
-    if kind in ("boolean", "integer", "number"):
-        default = False if kind == "boolean" else schema.get("minimum", 0)
-        return default if said is None else (said if kind != "boolean" else _Truth(said))
+    if kind == "boolean":
+        return False if said is None else replace(said, words=("false", "true"))
+    if kind in ("integer", "number"):
+        return schema.get("minimum", 0) if said is None else said
     return None if kind == "null" else content.text
 
 
 def _choice(choices: Sequence[Any], said: Said | None) -> Any:
     if said is None:
         return choices[0]
-    if set(choices) == {0, 1}:
+    if {str(choice) for choice in choices} >= set(said.words):
         return said
     wanted = ("yes", "true", "1", "fires", "applies") if said.applies else ("no", "false", "0", "silent", "not")
     return next((c for c in choices if str(c).lower() in wanted), choices[0 if said.applies else -1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Truth:
-    """A verdict that is written as true or false."""
-
-    said: Said
-
-
 def pieces(value: Any) -> Iterator[Piece]:
     """Yield a JSON value with verdicts in it as the tokens of its text."""
     if isinstance(value, Said):
-        yield _verdict(value, ("0", "1"))
-    elif isinstance(value, _Truth):
-        yield _verdict(value.said, ("false", "true"))
+        yield _verdict(value)
     elif isinstance(value, dict):
         yield from _joined("{", "}", [(json.dumps(name) + ": ", inner) for name, inner in value.items()])
     elif isinstance(value, list):
@@ -168,14 +162,9 @@ def _joined(opening: str, closing: str, parts: Sequence[tuple[str, Any]]) -> Ite
     yield Piece(closing)
 
 
-def _verdict(said: Said, words: tuple[str, str]) -> Piece:
-    word, other = words[said.applies], words[not said.applies]
+def _verdict(said: Said) -> Piece:
+    word, other = said.words[said.applies], said.words[not said.applies]
     return Piece(word, said.confidence, ((other, 1 - said.confidence),) if said.confidence < 1 else ())
-
-
-def plain(value: Any) -> Any:
-    """Return a filled value with its verdicts as plain JSON."""
-    return json.loads("".join(piece.text for piece in pieces(value)))
 
 
 def cut_to(given: Answer, tokens: int) -> Answer:
@@ -209,10 +198,14 @@ def spoil(given: Answer, kind: str) -> Answer:
 
 
 def _shortened(value: Any) -> Any:
-    """Every list loses its last element; an empty list gains a null."""
+    """A list loses its last element, an empty one gains a null; an object without lists loses its last property."""
     if isinstance(value, list):
         return value[:-1] or [None]
-    return {name: _shortened(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(inner, list | dict) for inner in value.values()):
+        return {name: _shortened(inner) for name, inner in value.items()}
+    return dict(list(value.items())[:-1])
 
 
 def logprob(probability: float) -> float:

@@ -71,6 +71,8 @@ class Behaviour:
     seed: int = 0
     meanings: Mapping[str, str] = field(default_factory=dict)
     """Explanation → predicate that says what it means. The oracle reads an explanation that is missing as a predicate."""
+    otherwise: str = ""
+    """Predicate that the oracle takes for an explanation that means nothing to it; where empty, that is an error."""
     verdicts: tuple[Mapping[str, Any], ...] = ()
     """Recorded for replay: {"task", "text" as rendered, "applies", "explanation" (may be missing)}."""
     replies: tuple[Any, ...] = ()

@@ -1,11 +1,13 @@
 """Who answers: an oracle that knows what explanations mean, recorded verdicts, a script, or nobody in particular.
 
 The oracle sees the rendered prompt and nothing else:
-1. It reads windows and explanation out of the prompt (`reading`), and looks up what the explanation means.
+1. It reads the question out of the prompt (`reading`), and looks up what the explanation means: a predicate.
 2. Detection: the predicate holds somewhere in the window. Fuzzing: there are marks, and it holds on each marked token.
+   Simulation: 10 where it holds, else 0. Choice: the continuation in which it holds on more tokens (a draw if equal).
 3. Each verdict is flipped with probability `rate`; in a share `correlation` of the prompts one draw flips all of them or
    none. The draws come from the seed and the bytes of the prompt alone, so asking again gives the same answer.
-Asked for anything else about windows (an explanation), it names the words that it saw marked.
+4. Asked to explain, it names the words that are marked more often than not, as a predicate that it understands when it
+   is asked to judge it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from exegete.tools.predicates import Predicate, PredicateError, parse, quote
+from exegete.tools.predicates import Predicate, PredicateError, parse, quote, words_of
 
 from .answers import Answer, Content, Said, answer, said_text
 from .behaviours import Behaviour, Model, Recorded, uniform
 from .questions import Question, RequestError
-from .reading import Reading, ReadWindow, Unreadable, original, read
+from .reading import Passage, Reading, Unreadable, original, read, schema_in_words
+
+SAYS_NOTHING = "A pattern in the text."
+"""The explanation that is given where there is nothing to go by; it holds nowhere."""
+_LEVELS = ("0", "10")
 
 
 def reply(model: Model, question: Question) -> Answer:
@@ -34,21 +40,31 @@ def reply(model: Model, question: Question) -> Answer:
     kind = model.behaviour.answer
     if kind == "scripted":
         return _scripted(model)
+    schema = question.schema or schema_in_words(question.user)
     try:
         reading = read(question.instructions, question.user)
     except Unreadable:
         if kind == "replay":
             raise RequestError(400, "replay: there is no window in the prompt") from None
-        return answer(Content(), question.schema)
-    if reading.task == "other":
-        return answer(_explaining(reading), question.schema)
+        return answer(Content(text=SAYS_NOTHING), schema)
+    return answer(_content(model, reading, question), schema)
+
+
+def _content(model: Model, reading: Reading, question: Question) -> Content:
+    kind = model.behaviour.answer
+    if kind == "replay":
+        return Content(tuple(_recorded(model, reading, window) for window in reading.passages))
+    if reading.task == "explain":
+        return _named(_words_of_marks(reading))
+    if reading.task == "merge":
+        return _named(" or ".join(f"({source})" for source in reading.predicates) or "never")
     if kind == "oracle":
-        said = _oracle(model.behaviour, reading, question.digest)
-    elif kind == "replay":
-        said = tuple(_recorded(model, reading, window) for window in reading.windows)
-    else:
-        said = tuple(Said(False) for _ in reading.windows)
-    return answer(Content(said), question.schema)
+        return _oracle(model.behaviour, reading, question.digest)
+    if reading.task == "choice":
+        return Content(named={"choice": 1})
+    simulated = reading.task == "simulation"
+    count = len(reading.passages[0].tokens) if simulated else len(reading.passages)
+    return Content((Said(False, words=_LEVELS if simulated else ("0", "1")),) * count)
 
 
 def _scripted(model: Model) -> Answer:
@@ -61,31 +77,49 @@ def _scripted(model: Model) -> Answer:
     return said_text(text, line.get("stop", "stop"))
 
 
-def _oracle(behaviour: Behaviour, reading: Reading, prompt: str) -> tuple[Said, ...]:
-    meaning = _meaning(behaviour.meanings, reading.explanation)
+def _oracle(behaviour: Behaviour, reading: Reading, prompt: str) -> Content:
+    meaning = _meaning(behaviour, reading.explanation)
+    if reading.task == "choice":
+        return Content(named={"choice": _chosen(behaviour, meaning, reading.passages, prompt)})
+    if reading.task == "simulation":
+        truth, words = [bool(held) for held in meaning.matches(reading.passages[0].tokens)], _LEVELS
+    else:
+        truth, words = [_holds(meaning, reading.task, passage) for passage in reading.passages], ("0", "1")
     together = uniform(behaviour.seed, "together", prompt) < behaviour.correlation
     confidence = max(0.5, 1 - max(behaviour.rate, 0.001))
     said = []
-    for number, window in enumerate(reading.windows):
-        draw = uniform(behaviour.seed, "flip", prompt, "all" if together else str(number))
-        said.append(Said(_holds(meaning, reading.task, window) != (draw < behaviour.rate), confidence))
-    return tuple(said)
+    for number, holds in enumerate(truth):
+        flipped = uniform(behaviour.seed, "flip", prompt, "all" if together else str(number)) < behaviour.rate
+        said.append(Said(holds != flipped, confidence, words))
+    return Content(tuple(said))
 
 
-def _holds(meaning: Predicate, task: str, window: ReadWindow) -> bool:
-    mask = meaning.matches(window.tokens)
+def _holds(meaning: Predicate, task: str, passage: Passage) -> bool:
+    mask = meaning.matches(passage.tokens)
     if task == "detection":
         return bool(mask.any())
-    return any(window.marked) and all(mask[i] for i, marked in enumerate(window.marked) if marked)
+    return any(passage.marked) and all(mask[i] for i, marked in enumerate(passage.marked) if marked)
 
 
-def _meaning(meanings: Mapping[str, str], explanation: str) -> Predicate:
+def _chosen(behaviour: Behaviour, meaning: Predicate, passages: Sequence[Passage], prompt: str) -> int:
+    first, second = (int(meaning.matches(passage.tokens).sum()) for passage in passages)
+    if first == second:
+        return 1 + (uniform(behaviour.seed, "guess", prompt) < 0.5)
+    flipped = uniform(behaviour.seed, "flip", prompt) < behaviour.rate
+    return 1 + ((second > first) != flipped)
+
+
+def _meaning(behaviour: Behaviour, explanation: str) -> Predicate:
     for known in (explanation, original(explanation)):
-        if known in meanings:
-            return _parsed(meanings[known])
+        if known in behaviour.meanings:
+            return _parsed(behaviour.meanings[known])
+    if explanation == SAYS_NOTHING:
+        return _parsed("never")
     try:
         return _parsed(original(explanation))
     except PredicateError:
+        if behaviour.otherwise:
+            return _parsed(behaviour.otherwise)
         raise RequestError(400, f"oracle: nothing tells what this explanation means: {explanation!r}") from None
 
 
@@ -94,7 +128,7 @@ def _parsed(source: str) -> Predicate:
     return parse(source)
 
 
-def _recorded(model: Model, reading: Reading, window: ReadWindow) -> Said:
+def _recorded(model: Model, reading: Reading, window: Passage) -> Said:
     if model.recorded is None:
         model.recorded = _table(model.behaviour.verdicts)
     for explanation in (reading.explanation, None):
@@ -113,16 +147,17 @@ def _table(verdicts: Sequence[Mapping[str, Any]]) -> dict[Recorded, bool]:
     return table
 
 
-def _explaining(reading: Reading) -> Content:
-    counts: Counter[str] = Counter()
-    for window in reading.windows:
-        counts.update(
-            token.strip().lower() for token, marked in zip(window.tokens, window.marked, strict=True) if marked
-        )
-    words = sorted(word for word, _ in counts.most_common(5) if any(map(str.isalnum, word)))
-    if not words:
-        return Content(named={"predicate": "never"}, text="Nothing that the windows have in common.")
-    predicate = f"word in {{{', '.join(map(quote, words))}}}"
-    text = f"The words {', '.join(words)}."
-    named: dict[str, Any] = {"predicate": predicate, "explanation": text}
-    return Content(named=named, text=text)
+def _named(predicate: str) -> Content:
+    named: dict[str, Any] = {"explanation": predicate, "predicate": predicate, "senses": [predicate]}
+    return Content(named=named, text=predicate)
+
+
+def _words_of_marks(reading: Reading) -> str:
+    """The predicate of the words that are marked more often than not; of all marked ones where no word is."""
+    marked: Counter[str] = Counter()
+    unmarked: Counter[str] = Counter()
+    for passage in (*reading.passages, *reading.silent):
+        for words, is_marked in zip(words_of(passage.tokens), passage.marked, strict=True):
+            (marked if is_marked else unmarked).update(words)
+    chosen = [word for word, count in marked.most_common(10) if count >= unmarked[word]] or list(marked)[:10]
+    return f"word in {{{', '.join(map(quote, sorted(chosen)))}}}" if chosen else "never"

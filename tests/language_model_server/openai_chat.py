@@ -42,7 +42,7 @@ def question(body: Mapping[str, Any]) -> Question:
         input_tokens=sum(tokens_of(text) for _, text in turns),
         prefixes=_prefixes(turns),
         top_logprobs=(top or 0) if body.get("logprobs") else None,
-        structured=schema is not None,
+        structured=(body.get("response_format") or {}).get("type", "text") != "text",
         temperature=body.get("temperature") is not None,
     )
 
@@ -57,10 +57,8 @@ def _turn(message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _schema(asked: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if asked is None or asked.get("type") == "text":
+    if asked is None or asked.get("type") in ("text", "json_object"):
         return None
-    if asked.get("type") == "json_object":
-        return {"type": "object", "properties": {"verdicts": {"type": "array", "items": {"enum": [0, 1]}}}}
     require(asked.get("type") == "json_schema", f"Invalid value for 'response_format': {asked!r}")
     named = asked["json_schema"]
     valid = re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", named.get("name", "")) is not None

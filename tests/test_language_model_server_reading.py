@@ -1,0 +1,126 @@
+"""What the test server's oracle makes of every kind of prompt, without the network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from language_model_server.answers import Content, Said, answer, spoil
+from language_model_server.behaviours import Model, behaviour
+from language_model_server.judges import reply
+from language_model_server.openai_chat import question
+from language_model_server.questions import RequestError
+from language_model_server.reading import Unreadable, read
+
+from exegete.tools.explainers.asking import Shown
+from exegete.tools.llm import Reply, schema_text
+from exegete.tools.llm.structured import in_words, repair_request
+from exegete.tools.prompting import Rendered, line, render, window_line
+
+CATS = 'word in {"cat"}'
+
+
+def ask(rendered: Rendered | Any, schema: dict[str, Any] | None = None, **fields: Any) -> Any:
+    """Return the oracle's answer to a prompt as JSON."""
+    messages = [{"role": message.role, "content": message.text} for message in rendered.messages]
+    body: dict[str, Any] = {"model": "m", "messages": messages}
+    if schema:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    return json.loads(reply(Model("m", behaviour({"answer": "oracle", **fields})), question(body)).text)
+
+
+def closed(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def test_simulation_gives_ten_where_the_predicate_holds() -> None:
+    tokens = [window_line([token]) for token in (" a", " cat", ":", "\n", " 1: cat")]
+    schema = closed(**{str(n): {"type": "integer", "enum": list(range(11))} for n in range(1, 6)})
+    given = ask(render("simulation", explanation=line(CATS), tokens=tokens), schema)
+    assert given == {"1": 0, "2": 10, "3": 0, "4": 0, "5": 10}
+    assert set(ask(render("simulation", explanation=line(CATS), tokens=tokens), schema, rate=1.0).values()) == {0, 10}
+
+
+@pytest.mark.parametrize(("first", "second", "choice"), [(" a cat", " a dog", 1), (" a dog", " a cat, cat", 2)])
+def test_choice_is_the_continuation_that_shows_more(first: str, second: str, choice: int) -> None:
+    values = {name: window_line([text]) for name, text in (("first", first), ("second", second), ("text", " the"))}
+    schema = closed(choice={"type": "integer", "enum": [1, 2]})
+    prompt = render("effect_choice", explanation=line(CATS), **values)
+    assert ask(prompt, schema) == {"choice": choice}
+    assert ask(prompt, schema, rate=1.0) == {"choice": 3 - choice}
+
+
+def test_explains_by_the_words_that_are_marked_more_often_than_not() -> None:
+    text = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    schema = closed(explanation=text, predicate=text)
+    windows = [
+        Shown(window_line([" the", " cat", " and", " the"], [0, 1]), None),
+        Shown(window_line([" a", " Cat"], [1]), line('" Cat" 10')),
+    ]
+    wanted = {"explanation": CATS, "predicate": CATS}
+    assert ask(render("contrastive", windows=windows, silent=[window_line([" the", " dog"])]), schema) == wanted
+    assert ask(render("one_shot", windows=windows), schema)["predicate"] == 'word in {"cat", "the"}'
+
+
+def test_merges_the_predicates_of_hypotheses() -> None:
+    schema = closed(
+        senses={"type": "array", "items": {"type": "string"}, "minItems": 1}, explanation={"type": "string"}
+    )
+    hypotheses = [
+        {"passages": 3, "text": line("Cats."), "predicate": line(CATS)},
+        {"passages": 2, "text": line("Dogs."), "predicate": line('word is "dog"')},
+        {"passages": 1, "text": line("Who knows."), "predicate": None},
+    ]
+    given = ask(render("merge_senses", hypotheses=hypotheses), schema)
+    assert given["explanation"] == '(word in {"cat"}) or (word is "dog")' and len(given["senses"]) == 1
+
+
+def test_schemas_in_words_and_repairs_are_followed() -> None:
+    schema = closed(judged={"type": "array", "items": closed(window={"type": "integer"}, fires={"type": "boolean"})})
+    rendered = render("detection", explanation=line(CATS), windows=[window_line([" cat"]), window_line([" dog"])])
+    request = rendered.request(schema_text(schema))
+    wanted = {"judged": [{"window": 1, "fires": True}, {"window": 2, "fires": False}]}
+    assert ask(in_words(request)) == wanted
+    assert ask(repair_request(request, Reply("unparsed", "nonsense", detail="no JSON")), schema) == wanted
+    assert ask(request) == {"verdicts": [1, 0]}
+
+
+def test_what_it_cannot_read_or_does_not_understand() -> None:
+    with pytest.raises(Unreadable, match="not numbered from 1"):
+        read("", ["<explanation>x</explanation>\n<window 2>a</window>"])
+    with pytest.raises(Unreadable, match="several explanations"):
+        read("", ["<explanation>x</explanation>\n<explanation>y</explanation>\n<window 1>a</window>"])
+    with pytest.raises(Unreadable):
+        read("", ["What is the capital of France?"])
+    unknown = render("detection", explanation=line("Felines."), windows=[window_line([" cat"])])
+    with pytest.raises(RequestError, match="Felines"):
+        ask(unknown)
+    assert ask(unknown, otherwise="always") == {"verdicts": [1]}
+    assert ask(unknown, meanings={"Felines.": CATS}) == {"verdicts": [1]}
+
+
+SAID = Content((Said(True), Said(False)))
+VERDICT = {"type": "integer", "enum": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "array", "items": {"type": "boolean"}}, [True, False]),
+        (closed(window_1={"type": "boolean"}, window_2={"type": "boolean"}), {"window_1": True, "window_2": False}),
+        (closed(v={"type": "array", "items": {"enum": ["yes", "no"]}}), {"v": ["yes", "no"]}),
+        (closed(v={"$ref": "#/$defs/list"}) | {"$defs": {"list": {"type": "array", "items": VERDICT}}}, {"v": [1, 0]}),
+        (
+            closed(v={"type": "array", "items": closed(applies=VERDICT, probability={"type": "number"})}),
+            {"v": [{"applies": 1, "probability": 0.999}, {"applies": 0, "probability": 0.001}]},
+        ),
+    ],
+)
+def test_verdicts_take_the_form_that_is_asked_for(schema: dict[str, Any], value: Any) -> None:
+    assert json.loads(answer(SAID, schema).text) == value
+
+
+def test_an_object_without_lists_is_shortened_too() -> None:
+    given = answer(SAID, closed(**{"1": VERDICT, "2": VERDICT}))
+    assert json.loads(spoil(given, "wrong_length").text) == {"1": 1}
