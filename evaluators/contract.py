@@ -101,6 +101,7 @@ _BUILT_IN = (
     "exegete.evaluators.fuzzing",
     "exegete.evaluators.model_judge",
     "exegete.evaluators.intervention",
+    "exegete.evaluators.output",
     "exegete.evaluators.predicate_judge",
     "exegete.evaluators.simulation",
     "exegete.evaluators.surprisal",
