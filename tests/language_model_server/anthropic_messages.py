@@ -12,7 +12,7 @@ from typing import Any
 
 from .answers import Answer
 from .behaviours import Model
-from .questions import Prefix, Question, RequestError, check_objects, digest_of, require, tokens_of
+from .questions import Prefix, Question, RequestError, check_objects, digests_of, require, tokens_of
 
 _NUMBERS = itertools.count(1)
 _STOP = {"stop": "end_turn", "length": "max_tokens", "refusal": "refusal", "content_filter": "refusal"}
@@ -46,15 +46,16 @@ def question(body: Mapping[str, Any]) -> Question:
     require(sum(cached for _, _, cached in blocks) <= 4, "A maximum of 4 blocks with cache_control may be provided.")
     turns = [(role, text) for role, text, _ in blocks]
     tool, schema = _form(body)
+    digests = digests_of(turns)
     return Question(
         model=str(model),
         instructions="\n".join(text for role, text in turns if role == "system"),
         user=tuple(text for role, text in turns if role == "user"),
-        digest=digest_of(turns),
+        digest=digests[-1],
         schema=schema,
         max_tokens=body["max_tokens"],
         input_tokens=sum(tokens_of(text) for _, text in turns),
-        prefixes=tuple(_prefixes(blocks)),
+        prefixes=tuple(_prefixes(blocks, digests)),
         tool=tool,
         structured=schema is not None,
         temperature=body.get("temperature") is not None,
@@ -92,12 +93,12 @@ def _check_min_items(schema: Any) -> None:
         _check_min_items(inner)
 
 
-def _prefixes(blocks: list[Block]) -> Iterator[Prefix]:
+def _prefixes(blocks: list[Block], digests: list[str]) -> Iterator[Prefix]:
     tokens = 0
-    for number, (_, text, cached) in enumerate(blocks):
+    for (_, text, cached), digest in zip(blocks, digests, strict=True):
         tokens += tokens_of(text)
         if cached:
-            yield Prefix(digest_of([(role, text) for role, text, _ in blocks[: number + 1]]), tokens)
+            yield Prefix(digest, tokens)
 
 
 def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .answers import Answer, Piece, logprob
 from .behaviours import Model
-from .questions import Prefix, Question, RequestError, check_objects, digest_of, require, tokens_of
+from .questions import Prefix, Question, RequestError, check_objects, digests_of, require, tokens_of
 
 _NUMBERS = itertools.count(1)
 _ROLES = frozenset(["system", "developer", "user", "assistant"])
@@ -29,6 +29,7 @@ def question(body: Mapping[str, Any]) -> Question:
     require(not body.get("stream"), "this server does not stream")
     turns = [_turn(message) for message in messages or []]
     schema = _schema(body.get("response_format"))
+    digests = digests_of(turns)
     top = body.get("top_logprobs")
     require(top is None or bool(body.get("logprobs")), "'logprobs' must be true when 'top_logprobs' is specified")
     require(top is None or 0 <= top <= 20, "Invalid value for 'top_logprobs': must be between 0 and 20")
@@ -36,11 +37,11 @@ def question(body: Mapping[str, Any]) -> Question:
         model=str(model),
         instructions="\n".join(text for role, text in turns if role in ("system", "developer")),
         user=tuple(text for role, text in turns if role == "user"),
-        digest=digest_of(turns),
+        digest=digests[-1],
         schema=schema,
         max_tokens=body.get("max_completion_tokens", body.get("max_tokens")),
         input_tokens=sum(tokens_of(text) for _, text in turns),
-        prefixes=_prefixes(turns),
+        prefixes=_prefixes(turns, digests),
         top_logprobs=(top or 0) if body.get("logprobs") else None,
         structured=(body.get("response_format") or {}).get("type", "text") != "text",
         temperature=body.get("temperature") is not None,
@@ -70,9 +71,9 @@ def _schema(asked: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return schema
 
 
-def _prefixes(turns: list[tuple[str, str]]) -> tuple[Prefix, ...]:
+def _prefixes(turns: list[tuple[str, str]], digests: list[str]) -> tuple[Prefix, ...]:
     tokens = itertools.accumulate(tokens_of(text) for _, text in turns)
-    return tuple(Prefix(digest_of(turns[: n + 1]), count) for n, count in enumerate(tokens))
+    return tuple(Prefix(digest, count) for digest, count in zip(digests, tokens, strict=True))
 
 
 def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:

@@ -55,9 +55,21 @@ def tokens_of(text: str) -> int:
     return (len(text) + 3) // 4
 
 
-def digest_of(turns: Sequence[tuple[str, str]]) -> str:
-    """Return the digest of roles and texts."""
-    return hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+def digests_of(turns: Sequence[tuple[str, str]]) -> list[str]:
+    """Return for each turn the digest of the roles and texts up to it."""
+    state = hashlib.blake2b(digest_size=16)
+    digests = []
+    for role, text in turns:
+        data = text.encode(errors="surrogatepass")
+        state.update(f"{role} {len(data)}\n".encode() + data)
+        digests.append(state.hexdigest())
+    return digests
+
+
+def digest_of(body: Mapping[str, Any]) -> str:
+    """Return the digest of a whole request."""
+    text = json.dumps(body, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def require(condition: bool, message: str, code: str | None = None) -> None:

@@ -114,7 +114,7 @@ class Service:
 
     def _asked(self, wire: Wire, body: Mapping[str, Any], entry: Entry) -> tuple[Model, Question]:
         asked = wire.question(body)
-        whole = digest_of([("body", json.dumps(body, sort_keys=True, ensure_ascii=False))])
+        whole = digest_of(body)
         self.log.asked(entry, asked.model, whole, body)
         return self.model(asked.model, asked), asked
 
