@@ -167,7 +167,7 @@ def test_what_a_prompt_shows_escaped_is_meant_unescaped_in_a_predicate() -> None
     assert parse(source).matches(("<br>", "\n", "‹br›", "<br>")).tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["one_shot", "contrastive", "merge_senses"])
+@pytest.mark.parametrize("name", ["one_shot", "contrastive", "merge_senses", "combined"])
 def test_the_examples_in_the_prompts_are_valid_answers(name: str) -> None:
     for message in prompting._prompt(name).shared:
         if message.role == "assistant":

@@ -144,10 +144,10 @@ def _activations(window: Window, peak: float) -> Line | None:
     return window_line([", ".join(listed)])
 
 
-def answer_schema(**more: Mapping[str, Any]) -> str:
-    """Return the JSON Schema of an answer: `explanation` and `predicate`, each a string or null, and `more`."""
+def answer_schema(predicate: bool = True, **more: Mapping[str, Any]) -> str:
+    """Return the JSON Schema of an answer: `explanation` and (if asked for) `predicate`, strings or null, and `more`."""
     text = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-    properties = {**more, "explanation": text, "predicate": text}
+    properties = {**more, "explanation": text, **({"predicate": text} if predicate else {})}
     return schema_text(
         {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     )

@@ -66,6 +66,7 @@ _BUILT_IN = (
     "exegete.tools.explainers.given",
     "exegete.tools.explainers.lexical",
     "exegete.tools.explainers.one_shot",
+    "exegete.tools.explainers.output",
 )
 
 
