@@ -6,16 +6,14 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import anthropic
 import openai
 import pytest
-from anthropic import AsyncAnthropic
 from language_model_server import Running, recorded, serving
-from openai import AsyncOpenAI
+from language_model_server.clients import anthropic_client, openai_client
 
 from exegete.tools.prompting import line, render, window_line
 
@@ -45,18 +43,6 @@ def started() -> Iterator[Running]:
 def server(started: Running) -> Running:
     started.reset()
     return started
-
-
-@asynccontextmanager
-async def openai_client(server: Running, timeout: float = 10) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=server.openai_url, api_key="k", max_retries=0, timeout=timeout) as client:
-        yield client
-
-
-@asynccontextmanager
-async def anthropic_client(server: Running, timeout: float = 10) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=server.anthropic_url, api_key="k", max_retries=0, timeout=timeout) as client:
-        yield client
 
 
 def messages(task: str = "detection", explanation: str = CATS, count: int = 4) -> list[dict[str, str]]:
@@ -119,12 +105,12 @@ async def _many(server: Running, model: str, count: int) -> list[list[int]]:
 
 
 def test_oracle_errs_at_its_rate_one_by_one_or_together(server: Running) -> None:
-    truth, count = [1, 0, 1, 1], 300
+    truth, count = [1, 0, 1, 1], 200
     alone = asyncio.run(_many(server, "oracle?rate=0.2", count))
     together = asyncio.run(_many(server, "oracle?rate=0.2&correlation=1", count))
     assert alone == asyncio.run(_many(server, "oracle?rate=0.2", count)), "the same prompt has the same answer"
     assert alone != asyncio.run(_many(server, "oracle?rate=0.2&seed=1", count))
-    for given, worst in ((alone, 4.5 * math.sqrt(0.16 / 1_200)), (together, 4.5 * math.sqrt(0.16 / 300))):
+    for given, worst in ((alone, 4.5 * math.sqrt(0.16 / 800)), (together, 4.5 * math.sqrt(0.16 / 200))):
         wrong = [sum(a != b for a, b in zip(said, truth, strict=True)) for said in given]
         assert abs(sum(wrong) / (4 * count) - 0.2) < worst
     assert {sum(a != b for a, b in zip(said, truth, strict=True)) for said in together} == {0, 4}
@@ -379,8 +365,22 @@ def test_what_the_providers_refuse_is_refused(server: Running) -> None:
         asyncio.run(chat(server, "oracle?structured=rejected"))
 
 
+def test_a_script_outlives_a_change_of_other_models(server: Running) -> None:
+    server.behave("m", answer="scripted", replies=["one", "two"])
+    assert asyncio.run(chat(server, "m")).choices[0].message.content == "one"
+    server.behave("*", answer="fill")
+    assert asyncio.run(chat(server, "m")).choices[0].message.content == "two"
+    server.behave("m", answer="scripted", replies=["three"])
+    assert asyncio.run(chat(server, "m")).choices[0].message.content == "three"
+
+
 def test_unknown_behaviours_are_refused(server: Running) -> None:
-    for wrong in ({"answer": "sage"}, {"rates": 1}, {"faults": [{"kind": "sulk"}]}):
+    for wrong in (
+        {"answer": "sage"},
+        {"rates": 1},
+        {"faults": [{"kind": "sulk"}]},
+        {"faults": [{"kind": "500", "route": "moon"}]},
+    ):
         with pytest.raises(ValueError):
             server.behave("m", **wrong)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -14,6 +13,7 @@ import openai
 import pytest
 from anthropic import AsyncAnthropic
 from language_model_server import Running, serving
+from language_model_server.clients import anthropic_client, openai_client
 from openai import AsyncOpenAI
 from openai.types import Batch
 
@@ -28,18 +28,6 @@ def started() -> Iterator[Running]:
 def server(started: Running) -> Running:
     started.reset()
     return started
-
-
-@asynccontextmanager
-async def openai_client(server: Running) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=server.openai_url, api_key="k", max_retries=0, timeout=10) as client:
-        yield client
-
-
-@asynccontextmanager
-async def anthropic_client(server: Running) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=server.anthropic_url, api_key="k", max_retries=0, timeout=10) as client:
-        yield client
 
 
 def question(number: int, model: str) -> dict[str, Any]:
@@ -168,6 +156,20 @@ def test_a_batch_whose_id_is_lost_is_found_in_the_list(server: Running) -> None:
     server.behave("*", faults=[{"kind": "cut_body", "route": "batches", "first": 1}])
     found, answered = asyncio.run(run())
     assert (len(found), answered) == (1, 2)
+
+
+def test_results_that_are_cut_off_can_be_read_again(server: Running) -> None:
+    async def run() -> list[str]:
+        async with openai_client(server) as client:
+            done = await ended(client, await submit(client, jsonl(3)))
+            assert done.output_file_id
+            with pytest.raises(openai.APIError):
+                await client.files.content(done.output_file_id)
+            return list(await rows(client, done.output_file_id))
+
+    server.behave("*", faults=[{"kind": "cut_body", "route": "downloads", "after": 1, "first": 1}])
+    assert sorted(asyncio.run(run())) == ["c-0", "c-1", "c-2"]
+    assert server.counts()["by_route"]["downloads"] == 3
 
 
 def requests(count: int, model: str) -> Any:

@@ -13,6 +13,8 @@ from language_model_server.openai_chat import question
 from language_model_server.questions import RequestError
 from language_model_server.reading import Unreadable, read
 
+from exegete.tools.bundled.grammar import generate
+from exegete.tools.bundled.tokenizer import build_tokenizer
 from exegete.tools.explainers.asking import Shown
 from exegete.tools.llm import Reply, schema_text
 from exegete.tools.llm.structured import in_words, repair_request
@@ -32,6 +34,20 @@ def ask(rendered: Rendered | Any, schema: dict[str, Any] | None = None, **fields
 
 def closed(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def test_windows_of_the_bundled_language_are_cut_as_its_tokenizer_cuts_them() -> None:
+    tokenizer = build_tokenizer()
+    for example in generate(3, 20, "held_out"):
+        ids = tokenizer(example.text)["input_ids"]
+        tokens = [tokenizer.decode([token]) for token in ids]
+        for at in range(0, len(tokens), 32):
+            window = tokens[at : at + 32]
+            marks = set(range(at % 3, len(window), 5))
+            text = f"<explanation>x</explanation>\n<window 1>{window_line(window, marks)}</window>"
+            (found,) = read("marked tokens", [text]).passages
+            assert list(found.tokens) == window
+            assert {number for number, marked in enumerate(found.marked) if marked} == marks
 
 
 def test_simulation_gives_ten_where_the_predicate_holds() -> None:

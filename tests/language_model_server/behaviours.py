@@ -25,6 +25,8 @@ FaultKind = Literal[
     "hang", "drip", "cut", "cut_body",  # nothing for `seconds`; the body over `seconds`; no byte at all; half of the body
     "truncated_json", "wrong_length", "prose", "not_json", "refusal", "empty", "content_filter", "max_tokens",  # answers
 ]  # fmt: skip
+Route = Literal["completions", "batch_lines", "batches", "files", "polls", "downloads", "any"]
+"""Live questions; lines of a batch; making and cancelling batches; uploads; looking at batches; reading results; all."""
 ANSWERS: tuple[str, ...] = get_args(AnswerKind)
 SPOILING = frozenset(
     ["truncated_json", "wrong_length", "prose", "not_json", "refusal", "empty", "content_filter", "max_tokens"]
@@ -49,8 +51,8 @@ class Fault:
     """Only the first time that a question is asked."""
     containing: str = ""
     """Only where the last user message contains this (examples come before it)."""
-    route: Literal["completions", "batch_lines", "batches", "files", "any"] = "completions"
-    """Live questions; lines of a batch; the calls that manage batches; those that manage files; every one of these."""
+    route: Route = "completions"
+    """Where it strikes. What is not a question or a line of a batch has no model: those faults are `*`'s."""
     retry_after: float | None = None
     """Seconds in the Retry-After header; None sends none."""
     seconds: float = 3_600.0
@@ -109,9 +111,10 @@ def behaviour(values: Mapping[str, Any], base: Behaviour | None = None) -> Behav
         if name in given:
             given[name] = tuple(given[name])
     made = replace(base or Behaviour(), **given)
-    kinds = [fault.kind for fault in made.faults]
-    if made.answer not in ANSWERS or any(kind not in get_args(FaultKind) for kind in kinds):
-        raise ValueError(f"no such answer or fault: {made.answer!r}, {kinds}")
+    faults = [(fault.kind, fault.route) for fault in made.faults]
+    known = all(kind in get_args(FaultKind) and route in get_args(Route) for kind, route in faults)
+    if made.answer not in ANSWERS or not known:
+        raise ValueError(f"no such answer, fault or route: {made.answer!r}, {faults}")
     return made
 
 
@@ -210,8 +213,10 @@ class Models:
         """Set the behaviour of a model, `*` for every name that nothing else is known of."""
         made = behaviour(values)
         self._set[name] = made
-        for known in [k for k in self._at_work if k == name or k.startswith(f"{name}?") or name == "*"]:
-            del self._at_work[known]
+        for known in list(self._at_work):
+            base = known.partition("?")[0]
+            if base == name or (name == "*" and base not in self._set):
+                del self._at_work[known]
 
     def get(self, name: str) -> Model | None:
         """Return the model of that name, None where there is none."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .questions import RequestError, require
-from .record import Entry
 from .service import OPENAI, Service, parsed
 from .wire import Incoming, Outgoing, as_json
 
@@ -54,7 +53,7 @@ class Batches:
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def route(self, incoming: Incoming, entry: Entry) -> Outgoing:
+    def route(self, incoming: Incoming) -> Outgoing:
         """Answer a request below `/v1/files` or `/v1/batches`."""
         _, _, kind, *rest = incoming.path.split("/")
         call = (incoming.method, kind, len(rest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -16,7 +16,7 @@ class Entry:
     at: float
     """Seconds since the log began."""
     route: str
-    """completions, batch_lines, batches, files, models."""
+    """completions, batch_lines, batches, files, polls, downloads, models."""
     path: str
     model: str = ""
     question: str = ""
@@ -49,6 +49,15 @@ class Log:
         self.entries.append(entry)
         return entry
 
+    def begin(self) -> None:
+        """Note that a live question is being answered."""
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+
+    def end(self) -> None:
+        """Note that its reply went out, or its connection is gone."""
+        self.in_flight -= 1
+
     def asked(self, entry: Entry, model: str, question: str, body: Any) -> None:
         """Note what a request asks."""
         entry.model, entry.question, entry.again = model, question, question in self.answered
@@ -79,12 +88,5 @@ class Log:
 
     def rows(self, bodies: bool) -> list[dict[str, Any]]:
         """Return the entries as plain values."""
-        rows = [asdict(entry) if bodies else {**asdict(_bare(entry))} for entry in self.entries]
-        return rows
-
-
-def _bare(entry: Entry) -> Entry:
-    return Entry(
-        entry.number, entry.at, entry.route, entry.path, entry.model, entry.question, entry.custom_id,
-        entry.status, entry.fault, entry.answered, entry.again,
-    )  # fmt: skip
+        names = [f.name for f in fields(Entry) if bodies or f.name != "body"]
+        return [{name: getattr(entry, name) for name in names} for entry in self.entries]

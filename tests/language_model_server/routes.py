@@ -13,8 +13,6 @@ from .record import Entry, Log
 from .service import ANTHROPIC, OPENAI, Service, Wire, error_of, failed, parsed
 from .wire import Incoming, Outgoing, as_json
 
-_ROUTES = {"files": "files", "batches": "batches", "models": "models"}
-
 
 class Server:
     """Everything that one process serves."""
@@ -31,17 +29,13 @@ class Server:
         """Answer one request."""
         if incoming.path.startswith("/control/"):
             return self._control(incoming)
-        wire = ANTHROPIC if "anthropic-version" in incoming.headers else OPENAI
         path = incoming.path
-        live = path in ("/v1/chat/completions", "/v1/messages")
-        managing = (
-            "batches" if path.startswith("/v1/messages/batches") else _ROUTES.get((path.split("/") + [""] * 3)[2], "")
-        )
-        entry = self.service.log.enter("completions" if live else managing, path)
+        wire = ANTHROPIC if path.startswith("/v1/messages") or "anthropic-version" in incoming.headers else OPENAI
+        entry = self.service.log.enter(_route(incoming), path)
         entry.status = 401
         if not _key(incoming):
             return failed(wire, RequestError(401, "You didn't provide an API key.", "invalid_api_key"))
-        if live:
+        if entry.route == "completions":
             return await self.service.complete(wire, incoming, entry)
         try:
             outgoing = self._manage(wire, incoming, entry)
@@ -53,7 +47,7 @@ class Server:
     def _manage(self, wire: Wire, incoming: Incoming, entry: Entry) -> Outgoing:
         """Answer what is not a question, with the faults that are meant for it."""
         model = self.service.models.get("*")
-        fault = model.fault(entry.route, "", "") if model and incoming.method == "POST" else None
+        fault = model.fault(entry.route, "", "") if model else None
         entry.fault = fault.kind if fault else ""
         if fault and fault.kind in STATUSES:
             return failed(wire, error_of(fault), fault)
@@ -68,8 +62,8 @@ class Server:
         path = incoming.path
         if path.startswith("/v1/messages/batches"):
             return self._anthropic.route(incoming)
-        if entry.route in ("files", "batches"):
-            return self._openai.route(incoming, entry)
+        if path.startswith(("/v1/files", "/v1/batches")):
+            return self._openai.route(incoming)
         names = self.service.models.names()
         if path == "/v1/models":
             return as_json(_anthropic_models(names) if wire is ANTHROPIC else model_list(names))
@@ -102,6 +96,18 @@ class Server:
         except (RequestError, KeyError, TypeError, ValueError) as error:
             return as_json({"error": f"{type(error).__name__}: {error}"}, 400)
         return as_json({"ok": True})
+
+
+def _route(incoming: Incoming) -> str:
+    """Return what kind of call it is, as `behaviours.Route` names them."""
+    path = incoming.path
+    if path in ("/v1/chat/completions", "/v1/messages"):
+        return "completions"
+    if path.startswith("/v1/models"):
+        return "models"
+    if incoming.method == "GET":
+        return "downloads" if path.endswith(("/content", "/results")) else "polls"
+    return "files" if path.startswith("/v1/files") else "batches"
 
 
 def _key(incoming: Incoming) -> str:

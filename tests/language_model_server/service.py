@@ -59,16 +59,22 @@ class Service:
 
     async def complete(self, wire: Wire, incoming: Incoming, entry: Entry) -> Outgoing:
         """Answer one live request."""
-        self.log.in_flight += 1
-        self.log.most_in_flight = max(self.log.most_in_flight, self.log.in_flight)
+        log = self.log
+        log.begin()
         try:
             outgoing = await self._complete(wire, incoming, entry)
         except RequestError as error:
             outgoing = failed(wire, error)
-        finally:
-            self.log.in_flight -= 1
+        except BaseException:
+            log.end()
+            raise
         entry.status = outgoing.status
-        outgoing.sent = lambda whole: self.log.given(entry, whole)
+
+        def sent(whole: bool) -> None:
+            log.end()
+            log.given(entry, whole)
+
+        outgoing.sent = sent
         return outgoing
 
     async def _complete(self, wire: Wire, incoming: Incoming, entry: Entry) -> Outgoing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -74,7 +75,11 @@ async def serve(handler: Handler, port: int = 0) -> asyncio.Server:
 async def _exchange(handler: Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """Read one request and write its reply; return whether the connection lives on."""
     incoming = await _read(reader)
-    outgoing = await handler(incoming)
+    try:
+        outgoing = await handler(incoming)
+    except Exception:
+        # A mistake of this server: the test that met it should see it.
+        outgoing = Outgoing(traceback.format_exc().encode(), 500, content_type="text/plain")
     whole = False
     try:
         whole = await _write(outgoing, reader, writer)
