@@ -1,0 +1,151 @@
+"""Anthropic's messages.
+
+1. A schema goes out as `output_config.format`, then as a tool that must be called, then in words, as far down as the model
+   makes necessary. Keywords that Anthropic's subset lacks become part of descriptions (the SDK's `transform_schema`); our
+   own validation holds the answer to all of them.
+2. The last block of the shared messages carries `cache_control`, so that the provider keeps what comes before it.
+3. There are no log-probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import anthropic
+import httpx2
+from anthropic.types import Message as Answer
+
+from exegete.tools.llm.contract import Message, Reply, Request, Status, Usage
+from exegete.tools.llm.faults import Transient
+from exegete.tools.llm.openai_client import connections
+from exegete.tools.llm.pacing import Limits
+from exegete.tools.llm.specs import Spec
+from exegete.tools.llm.structured import in_words, schema_value
+from exegete.tools.llm.wire import SdkWire
+
+_WAYS = ("output_config", "tool", "words")
+_CACHED = {"type": "ephemeral"}
+
+
+class AnthropicWire(SdkWire):
+    """Sends requests through Anthropic's SDK, its own retries off."""
+
+    def __init__(self, spec: Spec, limits: Limits) -> None:
+        """Open a client; nothing is sent yet. Raises UserError where the key is missing."""
+        key = spec.key()
+        super().__init__(spec, limits, anthropic, _WAYS, key)
+        self._client = anthropic.AsyncAnthropic(
+            # Without one the SDK would look for other credentials, which may belong to another server.
+            api_key=key or "none",
+            base_url=spec.base_url,
+            max_retries=0,
+            timeout=httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None),
+            http_client=anthropic.DefaultAsyncHttpxClient(limits=connections(limits)),
+        )
+
+    async def send(self, request: Request) -> Reply:
+        """Return the reply to one request, sent once (again only where the server lacks something)."""
+        return await self._send(request, self._ask)
+
+    async def close(self) -> None:
+        """Give connections back."""
+        await self._client.close()
+
+    async def _ask(self, request: Request, way: str, alternatives: int) -> Reply:
+        body = self.body(request, way)
+        # The SDK has no argument for the temperature; the protocol has.
+        extra = {"temperature": body.pop("temperature")} if "temperature" in body else None
+        answer: Any = await self._client.messages.create(**body, extra_body=extra)
+        if not isinstance(answer, Answer):
+            raise Transient("broken reply: no JSON object", sent=True)
+        try:
+            return self.reply_of(answer, request.schema)
+        except (AttributeError, TypeError) as error:
+            # The SDK takes whatever shape comes.
+            raise Transient(f"broken reply: {error}", sent=True) from None
+
+    def body(self, request: Request, way: str = _WAYS[0]) -> dict[str, Any]:
+        """Return the body of a message request."""
+        asked = in_words(request) if way == "words" else request
+        turns = [_block(message, number == request.shared) for number, message in enumerate(asked.messages, 1)]
+        leading = sum(message.role == "system" for message in asked.messages)
+        body: dict[str, Any] = {
+            "model": self._spec.model,
+            "max_tokens": request.max_tokens,
+            "messages": [
+                {"role": message.role, "content": [block]}
+                for message, block in zip(asked.messages[leading:], turns[leading:], strict=True)
+            ],
+        }
+        if leading:
+            body["system"] = turns[:leading]
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.schema is not None and way == "output_config":
+            body["output_config"] = {"format": {"type": "json_schema", "schema": _subset(request.schema)}}
+        if request.schema is not None and way == "tool":
+            body |= _forced_tool(request.schema)
+        return body
+
+    def reply_of(self, answer: Answer, schema: str | None = None) -> Reply:
+        """Return a message as a reply to a request with this schema.
+
+        Raises:
+            Transient: it has no content at all.
+        """
+        if not isinstance(answer.content, list):
+            raise Transient("broken reply: no content in it", sent=True)
+        text = "".join(_text(block, schema) for block in answer.content)
+        status, detail = _status(answer, text)
+        return Reply(status, text, model=answer.model or "", usage=_usage(answer), detail=self._scrub(detail))
+
+
+def _block(message: Message, cached: bool) -> dict[str, Any]:
+    block: dict[str, Any] = {"type": "text", "text": message.text}
+    return block | {"cache_control": _CACHED} if cached else block
+
+
+@lru_cache(maxsize=256)
+def _subset(schema: str) -> dict[str, Any]:
+    return anthropic.transform_schema(schema_value(schema))
+
+
+def _forced_tool(schema: str) -> dict[str, Any]:
+    value = schema_value(schema)
+    # Tools take objects only.
+    inner = value if _is_object(value) else {"type": "object", "properties": {"answer": value}, "required": ["answer"]}
+    tool = {"name": "answer", "description": "Give the answer.", "input_schema": inner}
+    return {"tools": [tool], "tool_choice": {"type": "tool", "name": "answer"}}
+
+
+def _is_object(schema: dict[str, Any]) -> bool:
+    return schema.get("type") == "object"
+
+
+def _text(block: Any, schema: str | None) -> str:
+    if block.type == "text":
+        return str(block.text or "")
+    if block.type != "tool_use" or schema is None:
+        return ""
+    wrapped = not _is_object(schema_value(schema)) and isinstance(block.input, dict)
+    return json.dumps(block.input.get("answer") if wrapped else block.input, ensure_ascii=False)
+
+
+def _status(answer: Answer, text: str) -> tuple[Status, str]:
+    reason = answer.stop_reason
+    if reason == "refusal":
+        details = answer.stop_details
+        return "refused", (details.explanation or details.category or "") if details else "the model declined"
+    if reason in ("max_tokens", "model_context_window_exceeded"):
+        return "truncated", "cut at max_tokens" if reason == "max_tokens" else "the context window is full"
+    return ("ok", "") if text.strip() else ("empty", f"no text; stop_reason {reason}")
+
+
+def _usage(answer: Answer) -> Usage:
+    usage = answer.usage
+    if usage is None:
+        return Usage()
+    read, written = usage.cache_read_input_tokens or 0, usage.cache_creation_input_tokens or 0
+    return Usage((usage.input_tokens or 0) + read + written, read, written, usage.output_tokens or 0)

@@ -1,0 +1,163 @@
+"""OpenAI's chat completions, also as vLLM, Ollama, llama.cpp and OpenRouter speak them.
+
+1. A schema goes out as `response_format: json_schema` (strict where the schema keeps to OpenAI's strict subset), then as
+   `json_object` with the schema in words, then in words alone, as far down as the server makes necessary.
+2. Log-probabilities come with 20 alternatives, or 5, or not at all, likewise.
+3. Shared messages come first as they are: OpenAI, vLLM and llama.cpp cache prefixes by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import openai
+from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
+
+from exegete.tools.llm.contract import Reply, Request, Status, TokenLogprob, Usage
+from exegete.tools.llm.faults import Transient, fault_of
+from exegete.tools.llm.pacing import Limits
+from exegete.tools.llm.specs import Spec
+from exegete.tools.llm.structured import in_words, schema_value
+from exegete.tools.llm.wire import SdkWire
+
+_WAYS = ("json_schema", "json_object", "words")
+
+
+class OpenAIWire(SdkWire):
+    """Sends requests through OpenAI's SDK, its own retries off."""
+
+    def __init__(self, spec: Spec, limits: Limits) -> None:
+        """Open a client; nothing is sent yet. Raises UserError where the key is missing."""
+        key = spec.key()
+        super().__init__(spec, limits, openai, _WAYS, key)
+        self._client = openai.AsyncOpenAI(
+            # The SDK insists on a key; servers that need none ignore it.
+            api_key=key or "none",
+            base_url=spec.base_url,
+            max_retries=0,
+            timeout=httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None),
+            http_client=openai.DefaultAsyncHttpxClient(limits=connections(limits)),
+        )
+
+    async def send(self, request: Request) -> Reply:
+        """Return the reply to one request, sent once (again only where the server lacks something)."""
+        return await self._send(request, self._ask)
+
+    async def close(self) -> None:
+        """Give connections back."""
+        await self._client.close()
+
+    async def _ask(self, request: Request, way: str, alternatives: int) -> Reply:
+        completion: Any = await self._client.chat.completions.create(**self.body(request, way, alternatives))
+        if not isinstance(completion, ChatCompletion):
+            raise Transient("broken reply: no JSON object", sent=True)
+        try:
+            return self.reply_of(completion, (bool(way) and way != "words", alternatives > 0))
+        except (AttributeError, TypeError) as error:
+            # The SDK takes whatever shape comes.
+            raise Transient(f"broken reply: {error}", sent=True) from None
+
+    def body(self, request: Request, way: str = _WAYS[0], alternatives: int = 20) -> dict[str, Any]:
+        """Return the body of a chat completion request."""
+        asked = in_words(request) if way in ("json_object", "words") else request
+        official = self._spec.host == "api.openai.com"
+        body: dict[str, Any] = {
+            "model": self._spec.model,
+            "messages": [{"role": message.role, "content": message.text} for message in asked.messages],
+            # The newer name, which covers reasoning tokens, is OpenAI's own; compatible servers know the older one.
+            "max_completion_tokens" if official else "max_tokens": request.max_tokens,
+        }
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.logprobs and alternatives:
+            body |= {"logprobs": True, "top_logprobs": alternatives}
+        if request.schema is not None and way != "words":
+            body["response_format"] = _response_format(request.schema, way)
+        return body
+
+    def reply_of(self, completion: ChatCompletion, asked: tuple[bool, bool] = (False, False)) -> Reply:
+        """Return a completion as a reply.
+
+        Raises:
+            Transient: it holds no choice, or an error object in place of one (as OpenRouter sends).
+        """
+        if not completion.choices:
+            raise self._instead(completion, asked)
+        choice = completion.choices[0]
+        text = choice.message.content or ""
+        status, detail = _status(choice, text)
+        return Reply(
+            status,
+            text,
+            logprobs=_logprobs(choice),
+            model=completion.model or "",
+            usage=_usage(completion),
+            detail=self._scrub(detail),
+        )
+
+    def _instead(self, completion: ChatCompletion, asked: tuple[bool, bool]) -> Exception:
+        error = (completion.model_extra or {}).get("error")
+        if isinstance(error, dict) and isinstance(code := error.get("code"), int) and 400 <= code < 600:
+            text = self._scrub(str(error.get("message", "")))
+            return fault_of(self.name, self._spec.key_variable, code, text, {}, asked)
+        return Transient("broken reply: no choices in it", sent=True)
+
+
+def connections(limits: Limits) -> httpx2.Limits:
+    """Return a pool that holds one connection for every call in flight."""
+    return httpx2.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
+
+
+def strict(schema: Any) -> bool:
+    """Return whether a schema keeps to OpenAI's strict subset: closed objects whose properties are all required."""
+    if isinstance(schema, list):
+        return all(map(strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if schema.get("type") == "object":
+        properties = schema.get("properties", {})
+        if schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties):
+            return False
+    return not {"oneOf", "allOf", "not", "uniqueItems"} & schema.keys() and all(map(strict, schema.values()))
+
+
+def _response_format(schema: str, way: str) -> dict[str, Any]:
+    if way == "json_object":
+        return {"type": "json_object"}
+    value = schema_value(schema)
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": value, "strict": strict(value)}}
+
+
+def _status(choice: Choice, text: str) -> tuple[Status, str]:
+    if choice.message.refusal:
+        return "refused", choice.message.refusal
+    if choice.finish_reason == "content_filter":
+        return "filtered", "stopped by the provider's content filter"
+    if choice.finish_reason == "length":
+        return "truncated", "cut at max_tokens"
+    return ("ok", "") if text.strip() else ("empty", f"no text; finish_reason {choice.finish_reason}")
+
+
+def _logprobs(choice: Choice) -> tuple[TokenLogprob, ...] | None:
+    content = choice.logprobs.content if choice.logprobs else None
+    if not content:
+        return None
+    return tuple(
+        TokenLogprob(item.token, item.logprob, tuple((top.token, top.logprob) for top in item.top_logprobs or ()))
+        for item in content
+    )
+
+
+def _usage(completion: ChatCompletion) -> Usage:
+    usage = completion.usage
+    if usage is None:
+        return Usage()
+    details = usage.prompt_tokens_details
+    return Usage(
+        usage.prompt_tokens or 0,
+        (details.cached_tokens or 0) if details else 0,
+        (details.cache_write_tokens or 0) if details else 0,
+        usage.completion_tokens or 0,
+    )

@@ -1,0 +1,91 @@
+"""From a model's name to a client that is ready to be asked."""
+
+from __future__ import annotations
+
+from exegete.tools.errors import UserError
+from exegete.tools.llm.budget import Budget
+from exegete.tools.llm.contract import Client, Journal, Message, PromptScorer, Request
+from exegete.tools.llm.journaled import JournaledClient
+from exegete.tools.llm.pacing import Limits
+from exegete.tools.llm.prices import Price, Prices, load_prices
+from exegete.tools.llm.specs import Spec, parse_spec
+from exegete.tools.llm.wire import Wire
+
+
+def open_client(
+    spec: str,
+    *,
+    journal: Journal,
+    budget: Budget | None = None,
+    prices: Prices | None = None,
+    limits: Limits | None = None,
+    device: str = "cpu",
+) -> JournaledClient:
+    """Return a client for the model that `spec` names. Nothing is sent yet.
+
+    Args:
+        spec: `openai:MODEL`, `openai:MODEL@URL`, `anthropic:MODEL`, `anthropic:MODEL@URL` or `hf:PATH`.
+        journal: keeps intents and replies; a reply that it knows is not paid for again.
+        budget: stops new calls before it is exceeded; may be shared between clients. None spends without a limit, and lets
+            models pass whose price is unknown (`JournaledClient.price` is None, every `Reply.usd` 0).
+        prices: price tables; the shipped one where left out.
+        limits: concurrency, rates and timeouts.
+        device: torch device of an `hf:` model.
+
+    Raises:
+        UserError: the provider is unknown, the key is missing (its variable is named), the budget needs a price that
+            neither table has, or the model of `hf:` cannot be loaded.
+    """
+    parsed, limits = parse_spec(spec), limits or Limits()
+    price = price_for(parsed, budget, prices)
+    return JournaledClient(_wire(parsed, limits, device), journal=journal, budget=budget, price=price, limits=limits)
+
+
+def price_for(spec: Spec, budget: Budget | None, prices: Prices | None) -> Price | None:
+    """Return the price of a model. Raises UserError where there is a budget and no price is known."""
+    prices = prices or load_prices()
+    return prices.find(spec) if budget is None else prices.require(spec)
+
+
+def open_scorer(spec: str, *, device: str = "cpu") -> PromptScorer:
+    """Return the local model that `spec` names (`hf:PATH`), for log-probabilities of text after prompts.
+
+    Raises:
+        UserError: it is not `hf:`, since providers give no log-probabilities of prompts, or it cannot be loaded.
+    """
+    parsed = parse_spec(spec)
+    if parsed.provider != "hf":
+        raise UserError(f"{parsed.name}: gives no log-probabilities of given text; expected a local model, hf:PATH")
+    from exegete.tools.llm.local_client import LocalModel
+
+    return LocalModel(parsed.model, device=device)
+
+
+async def gives_logprobs(client: Client) -> bool:
+    """Return whether a model gives log-probabilities, found out by one short question.
+
+    Raises:
+        UserError: the model cannot be asked at all.
+    """
+    question = Request((Message("user", "Reply with the single digit 1."),), max_tokens=16, logprobs=True)
+    reply = await client.complete(question)
+    if reply.status in ("error", "unknown"):
+        raise UserError(f"{client.name}: no answer to a first question: {reply.detail}")
+    return reply.logprobs is not None
+
+
+def _wire(spec: Spec, limits: Limits, device: str) -> Wire:
+    # The SDKs take a second to import: only the one that is needed is.
+    if spec.provider == "openai":
+        from exegete.tools.llm.openai_client import OpenAIWire
+
+        return OpenAIWire(spec, limits)
+    if spec.provider == "anthropic":
+        from exegete.tools.llm.anthropic_client import AnthropicWire
+
+        return AnthropicWire(spec, limits)
+    if spec.provider == "hf":
+        from exegete.tools.llm.local_client import LocalModel
+
+        return LocalModel(spec.model, device=device)
+    raise UserError(f"{spec.name}: batches are submitted by a labeling run; for single calls leave `-batch` out")
