@@ -58,7 +58,7 @@ async def evaluate(
     and planned, and whether it stopped are parameters of the scores then.
     """
     per_prompt = int(parameters["items_per_prompt"])
-    described = {**parameters, "judge": judge.name}
+    described = {**parameters, "judge": judge.name, **_made_with(judge, task)}
     if stopping is None:
         prompts = _shuffled(questions, per_prompt, seed, task)
         judged = await _ask(task, explanation, prompts, judge, seed, 0)
@@ -68,6 +68,12 @@ async def evaluate(
         described |= {"prompts_planned": len(prompts), **more}
     expected = clustering or scoring.expected_clustering(judge)
     return Evaluation(scoring.scores(task, judged, described, expected, stopping), tuple(judged))
+
+
+def _made_with(judge: Judge, task: Task) -> dict[str, Any]:
+    """Return what a judge says that its verdicts depend on beside its name (prompt digest, request options), if it does."""
+    own = getattr(judge, "parameters", None)
+    return {"judge_parameters": dict(own(task))} if own else {}
 
 
 async def _ask_until(

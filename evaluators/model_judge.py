@@ -20,7 +20,7 @@ from typing import Any, cast, get_args
 
 from exegete.evaluators.contract import Item, Task, Verdict, VerdictStatus, judge
 from exegete.tools.explainers import Explanation
-from exegete.tools.llm import Client, Reply, TokenLogprob, schema_text
+from exegete.tools.llm.contract import Client, Reply, TokenLogprob, schema_text
 from exegete.tools.prompting import Rendered, line, prompt_digest, render, window_line
 
 _ARRAY = re.compile(r'"verdicts"\s*:\s*\[([\s01,]*)\]')

@@ -28,8 +28,7 @@ from typing import Any, cast, get_args
 from jinja2 import BaseLoader, Environment, StrictUndefined, Template, TemplateNotFound, Undefined, nodes
 from jinja2.meta import find_referenced_templates, find_undeclared_variables
 
-from exegete.tools.llm import Message, Request
-from exegete.tools.llm.contract import Role
+from exegete.tools.llm.contract import Message, Request, Role
 from exegete.tools.rendering import escape, render_window
 from exegete.tools.seeds import digest
 

@@ -156,6 +156,7 @@ def test_a_model_that_reads_only_the_prompt_scores_perfectly_end_to_end() -> Non
         evaluation = asyncio.run(make_evaluator(name).evaluate(CATS, cat_evidence(), judge, 0))
         score = next(score for score in evaluation.scores if score.metric == "balanced_accuracy")
         assert (score.value, score.n, score.failures, score.parameters["judge"]) == (1.0, 40, 0, "fake:model")
+        assert score.parameters["judge_parameters"]["prompt_digest"] == prompt_digest(name)
 
 
 def test_parameters_say_what_the_verdicts_depend_on() -> None:

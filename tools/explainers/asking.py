@@ -21,7 +21,7 @@ from typing import Any
 
 from exegete.tools.errors import UserError
 from exegete.tools.explainers.contract import Explanation, NotExplained
-from exegete.tools.llm import Client, schema_text
+from exegete.tools.llm.contract import Client, schema_text
 from exegete.tools.predicates import PredicateError, parse
 from exegete.tools.prompting import Line, Rendered, window_line
 from exegete.tools.rendering import quantised

@@ -27,7 +27,7 @@ from exegete.tools.embedders import Embedder
 from exegete.tools.errors import UserError
 from exegete.tools.explainers.asking import WINDOWS, ModelExplainer, answer_schema, firing_windows, shown
 from exegete.tools.explainers.contract import Explanation, NotExplained, explainer
-from exegete.tools.llm import Client
+from exegete.tools.llm.contract import Client
 from exegete.tools.prompting import Line, line, prompt_digest, render
 from exegete.tools.windows import LatentEvidence, Window
 

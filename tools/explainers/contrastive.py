@@ -12,7 +12,7 @@ from __future__ import annotations
 from exegete.tools.errors import UserError
 from exegete.tools.explainers.asking import WINDOWS, ModelExplainer, answer_schema, firing_windows, shown
 from exegete.tools.explainers.contract import Explanation, explainer
-from exegete.tools.llm import Client
+from exegete.tools.llm.contract import Client
 from exegete.tools.prompting import render, window_line
 from exegete.tools.windows import LatentEvidence
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from exegete.tools.explainers.asking import WINDOWS, ModelExplainer, answer_schema, firing_windows, shown
 from exegete.tools.explainers.contract import Explanation, explainer
-from exegete.tools.llm import Client
+from exegete.tools.llm.contract import Client
 from exegete.tools.prompting import Line, render, window_line
 from exegete.tools.windows import LatentEvidence
 
