@@ -17,11 +17,11 @@ import numpy as np
 from exegete.evaluators import statistics
 from exegete.evaluators.clustering import CAUTIOUS, INDEPENDENT, Bools, Clustering, Table, pooled
 from exegete.evaluators.contract import Judge, JudgedItem, Score, Task
-from exegete.evaluators.statistics import UNDEFINED, Interval
+from exegete.evaluators.statistics import UNDEFINED, Area, Interval
 from exegete.evaluators.stopping import ConfidenceSequence, Stopping, balanced_outcome
 
 METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc", "auprc")
-_AREAS = {"auroc": statistics.weighted_auroc, "auprc": statistics.weighted_auprc}
+_AREAS: tuple[Area, ...] = ("auroc", "auprc")
 
 
 def scores(
@@ -95,10 +95,7 @@ def _areas(table: Table, given: Sequence[JudgedItem], clustering: Clustering | N
         return dict.fromkeys(_AREAS, UNDEFINED)
     probabilities = np.array([item.verdict.probability for item in given], dtype=np.float64)
     if clustering is not None:
-        return {
-            name: statistics.area(area, table.truth, probabilities, table.prompts, clustering)
-            for name, area in _AREAS.items()
-        }
+        return {name: statistics.area(name, table.truth, probabilities, table.prompts, clustering) for name in _AREAS}
     plain = {"auroc": statistics.auroc, "auprc": statistics.auprc}
     return {name: Interval(metric(table.truth, probabilities), None, None) for name, metric in plain.items()}
 

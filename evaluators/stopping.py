@@ -20,7 +20,6 @@ time, leans away from the target.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from exegete.evaluators.clustering import Bools
 from exegete.tools.errors import UserError
 
 BOUND = "betting confidence sequence over prompts (Waudby-Smith & Ramdas 2024)"
-GRID = 400
+GRID = 200
 FRACTIONS = np.array([0.25, 0.5, 0.75, 0.99])
 SHARES = np.array([0.1, 0.2, 0.2, 0.5])
 """Fractions of the largest bet, and the share of the wealth that bets so. Within a few dozen prompts the bold ones decide."""
@@ -71,11 +70,11 @@ class ConfidenceSequence:
         self.n = 0
         self.low, self.high = 0.0, 1.0
         self._means = np.unique([*np.linspace(0, 1, GRID + 1)[1:-1], target])
-        self._barrier = math.log(2 / (1 - confidence))
+        self._barrier = 2 / (1 - confidence)
         above, below = 1 / self._means, 1 / (1 - self._means)
         self._bets = np.stack([above, -below])[:, :, None] * FRACTIONS
-        self._wealth = np.zeros_like(self._bets) + np.log(SHARES)
-        """Log wealth of each gambler: shape (above or below, candidate mean, fraction)."""
+        self._wealth = np.zeros_like(self._bets) + SHARES
+        """Of each gambler: shape (above or below, candidate mean, fraction)."""
 
     @property
     def stopped(self) -> bool:
@@ -91,14 +90,16 @@ class ConfidenceSequence:
         for outcome in outcomes:
             if not 0 <= outcome <= 1:
                 raise UserError(f"a prompt's outcome is {outcome!r}: expected a number from 0 to 1")
-            self._wealth += np.log1p(self._bets * (outcome - self._means)[:, None])
+            self._wealth *= 1 + self._bets * (outcome - self._means)[:, None]
+            # Wealth cut down is still a fair bound, and no bet overflows however long the game.
+            np.minimum(self._wealth, 1e200, out=self._wealth)
             self.n += 1
             self._exclude()
         return self.low, self.high
 
     def _exclude(self) -> None:
         # What was excluded once stays so.
-        ruined = np.logaddexp.reduce(self._wealth, axis=2) >= self._barrier
+        ruined = self._wealth.sum(axis=2) >= self._barrier
         if ruined[0].any():
             self.low = max(self.low, float(self._means[ruined[0]].max()))
         if ruined[1].any():

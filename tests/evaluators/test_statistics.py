@@ -8,6 +8,8 @@ import pytest
 from exegete.evaluators import statistics as s
 from exegete.evaluators.clustering import INDEPENDENT
 
+AREAS: tuple[s.Area, ...] = ("auroc", "auprc")
+
 
 def bools(*values: int) -> s.Bools:
     return np.array(values, dtype=np.bool_)
@@ -45,12 +47,17 @@ def test_f1_auroc_auprc_of_a_hand_worked_table() -> None:
     assert s.auroc(bools(1, 1), probabilities[:2]) is None and s.auprc(bools(0, 0), probabilities[:2]) is None
 
 
-def test_weights_leave_items_out() -> None:
+def test_areas_without_each_item_are_those_of_the_rest() -> None:
     truth, probabilities = bools(1, 1, 0, 0), np.array([0.9, 0.4, 0.4, 0.1])
-    without = 1.0 - np.eye(4)
-    assert s.weighted_auroc(truth, probabilities, without) == pytest.approx([0.75, 1.0, 1.0, 0.75])
-    assert s.weighted_auprc(truth, probabilities, without) == pytest.approx([0.5, 1.0, 1.0, 5 / 6])
-    assert np.isnan(s.weighted_auroc(truth, probabilities, np.array([1.0, 1.0, 0.0, 0.0])))
+    assert s.auroc_left_out(truth, probabilities)[1] == pytest.approx([0.75, 1.0, 1.0, 0.75])
+    assert s.auprc_left_out(truth, probabilities)[1] == pytest.approx([0.5, 1.0, 1.0, 5 / 6])
+    assert np.isnan(s.auroc_left_out(bools(1, 0, 0), np.array([0.1, 0.2, 0.3]))[1]).tolist() == [True, False, False]
+    rng = np.random.default_rng(4)
+    for levels in (4, 1000):
+        truth, probabilities = rng.random(30) < 0.4, rng.integers(levels, size=30) / levels
+        for metric, left_out in ((s.auroc, s.auroc_left_out), (s.auprc, s.auprc_left_out)):
+            rest = [metric(np.delete(truth, i), np.delete(probabilities, i)) for i in range(30)]
+            assert left_out(truth, probabilities)[1] == pytest.approx(rest)
 
 
 def test_f1_interval_is_wilsons_on_the_sample_size_of_its_variance() -> None:
@@ -65,11 +72,11 @@ def test_f1_interval_is_wilsons_on_the_sample_size_of_its_variance() -> None:
 
 def test_areas_keep_a_width_at_a_perfect_ranking_and_with_a_lone_item() -> None:
     truth = np.repeat([True, False], 10)
-    for metric in (s.weighted_auroc, s.weighted_auprc):
-        found = s.area(metric, truth, truth.astype(np.float64), np.arange(20) // 5)
+    for name in AREAS:
+        found = s.area(name, truth, truth.astype(np.float64), np.arange(20) // 5)
         assert found.value == found.high == 1.0 and found.low is not None and 0.3 < found.low < 0.9
-    assert s.area(s.weighted_auroc, bools(1, 1), np.array([0.5, 0.5]), np.arange(2)) == s.UNDEFINED
-    lone = s.area(s.weighted_auroc, bools(1, 0, 0), np.array([0.5, 0.9, 0.1]), np.arange(3))
+    assert s.area("auroc", bools(1, 1), np.array([0.5, 0.5]), np.arange(2)) == s.UNDEFINED
+    lone = s.area("auroc", bools(1, 0, 0), np.array([0.5, 0.9, 0.1]), np.arange(3))
     assert lone.value == 0.5 and lone.low is not None and lone.high is not None and lone.low < 0.3 < 0.7 < lone.high
 
 

@@ -51,7 +51,7 @@ def test_areas_cover(together: float) -> None:
         truth = rng.permutation(np.repeat([True, False], 100))
         as_one = (rng.random(40) < together)[PROMPTS]
         noise = np.where(as_one, rng.standard_normal(40)[PROMPTS], rng.standard_normal(200))
-        found = s.area(s.weighted_auroc, truth, (1 + noise) * np.where(truth, 1, -1), PROMPTS)
+        found = s.area("auroc", truth, (1 + noise) * np.where(truth, 1, -1), PROMPTS)
         covered += covers(found, 0.92135)
     assert covered >= 276, covered
 
