@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from exegete.evaluators.forced_choice import choose
 from exegete.evaluators.intervention import Intervention
 from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
-from exegete.tools.llm import Reply, Request
+from exegete.tools.llm import PromptScorer, Reply, Request, open_scorer
 from exegete.tools.prompting import line, render
+from exegete.tools.rendering import escape
 from exegete.tools.windows import LatentEvidence, Split, Window
 
+STORIES = Path(__file__).parents[3] / "shared/data/models/stories260K/hf"
 AGGREGATES = Explanation("aggregate functions: " + ",".join(WORDS))
 QUICK = Steering(prompts=12)
 
@@ -49,7 +52,7 @@ class WordScorer:
 
 
 def intervention(
-    client: FakeClient | None = None, scorer: WordScorer | None = None, rated: np.ndarray | None = None
+    client: FakeClient | None = None, scorer: PromptScorer | None = None, rated: np.ndarray | None = None
 ) -> Intervention:
     model = planted_model()
     known = rates() if rated is None else rated
@@ -103,6 +106,27 @@ def test_log_probability_mode() -> None:
     assert own.value is not None and own.low is not None and own.low > 0 and own.parameters["scorer"] == "hf:words"
     for control in (latent, direction):
         assert control.value is not None and abs(control.value) < own.value
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="../shared/data/models/stories260K is absent")
+def test_log_probability_mode_on_a_local_model_is_the_mean_gain_over_passages() -> None:
+    scorer = open_scorer(f"hf:{STORIES}")
+    made = intervention(scorer=scorer)
+    found = scores(made, PLANTED, Explanation("numbers of things"))["information"]
+    (kept,) = made._kept.values()
+    head = "Each entry gives a passage, and then a description of what it shows.\n\nPassage: "
+
+    async def logprob(text: str) -> float:
+        (found,) = await scorer.logprobs(f"{head}{escape(text)}\nDescription:", [" numbers of things"])
+        return found
+
+    async def gains() -> list[float]:
+        shown = [(one.prompt + one.steered, one.prompt + one.clean) for one in kept[0].passages]
+        return [await logprob(steered) - await logprob(clean) for steered, clean in shown]
+
+    expected = asyncio.run(gains())
+    assert found.value == pytest.approx(np.mean(expected), abs=1e-4) and np.std(expected) > 0.01
+    assert (found.n, found.failures, found.status) == (12, 0, "ok")
 
 
 def test_the_same_seed_gives_the_same_scores_and_passages_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:

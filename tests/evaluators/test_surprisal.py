@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from exegete.evaluators import Score, make_evaluator
 from exegete.evaluators.baselines import CONSTANT
@@ -16,6 +14,7 @@ from exegete.evaluators.surprisal import Surprisal
 from exegete.tools.errors import SealedSplitError, UserError
 from exegete.tools.evidence import restrict
 from exegete.tools.explainers import Explanation
+from exegete.tools.llm import open_scorer
 from exegete.tools.windows import LatentEvidence, Window
 
 from planted import cat_evidence
@@ -36,28 +35,6 @@ class Table:
         self.prompts.append(prompt)
         description = prompt.split("Description: ")[1].split("\n")[0]
         return [self.table.get((description, text), -10.0) for text in continuations]
-
-
-class LocalModel:
-    """Log-probabilities of a small causal model, one text at a time, in float64."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.name = f"hf:{folder.name}"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-
-    async def logprobs(self, prompt: str, continuations: Sequence[str]) -> list[float]:
-        return [self.logprob(prompt, text) for text in continuations]
-
-    def logprob(self, prompt: str, text: str) -> float:
-        before = self.tokenizer(prompt)["input_ids"]
-        after = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        tokens = torch.tensor([before + after])
-        with torch.inference_mode():
-            logprobs = self.model(tokens).logits[0].double().log_softmax(-1)
-        return float(logprobs[len(before) - 1 : -1].gather(-1, tokens[0, len(before) :, None]).sum())
 
 
 def texts(firing: Sequence[str], silent: Sequence[str]) -> LatentEvidence:
@@ -106,13 +83,11 @@ def test_a_real_model_is_less_surprised_by_what_it_was_told() -> None:
     # A model this small copies: what it was told of is what it expects.
     dogs = [f" The {one} dog {did}." for one in ("big", "old", "sad") for did in ("ran", "barked", "slept")]
     cakes = [f" Her {one} cake {did}." for one in ("big", "old", "pink") for did in ("fell", "was hot", "was good")]
-    torch.set_num_threads(1)
-    scorer = LocalModel(STORIES)
-    evaluator = Surprisal(scorer)
+    evaluator = Surprisal(open_scorer(f"hf:{STORIES}"))
     true = score(evaluator, "The dog. A big dog. The dog ran. The old dog.", texts(dogs, cakes))
     swapped = score(evaluator, "The dog. A big dog. The dog ran. The old dog.", texts(cakes, dogs))
     assert true.value is not None and true.low is not None and true.value > 0.9 and true.low > 0.5
-    assert swapped.value == pytest.approx(1 - true.value) and true.parameters["scorer"] == "hf:hf"
+    assert swapped.value == pytest.approx(1 - true.value) and true.parameters["scorer"] == f"hf:{STORIES}"
     assert true.parameters["info_firing"] > true.parameters["info_silent"]
 
 
