@@ -79,6 +79,42 @@ def test_explains_by_the_words_that_are_marked_more_often_than_not() -> None:
     assert ask(render("one_shot", windows=windows), schema)["predicate"] == 'word in {"cat", "the"}'
 
 
+def test_rates_writes_and_chooses_between_lists() -> None:
+    windows = [window_line([" a", " cat"]), window_line([" a", " dog"])]
+    schema = closed(ratings={"type": "array", "items": {"type": "integer", "enum": [0, 1, 2]}})
+    assert ask(render("rating", explanation=line(CATS), windows=windows), schema) == {"ratings": [2, 0]}
+    texts = {"type": "array", "items": {"type": "string"}}
+    written = ask(
+        render("write_texts", explanation=line(CATS), samples=[window_line(["List all dogs"])], count=2),
+        closed(firing=texts, silent=texts),
+    )
+    assert written == {
+        "firing": ["List all dogs 1 cat", "List all dogs 2 cat"],
+        "silent": ["List all dogs 1", "List all dogs 2"],
+    }
+    lists = {
+        "first": [window_line([" tax"]), window_line([" law"])],
+        "second": [window_line(["\n"]), window_line([" cat"])],
+    }
+    schema = closed(choice={"type": "integer", "enum": [1, 2]})
+    assert ask(render("output_choice", explanation=line(CATS), **lists), schema) == {"choice": 2}
+
+
+def test_explains_an_output_by_the_tokens_that_are_promoted() -> None:
+    effects = {
+        "promoted": line('" Monday", " say \\"no\\"", "<b>"'),
+        "promoted_beyond": 1,
+        "suppressed": line('" the"'),
+        "suppressed_beyond": 0,
+        "measured": False,
+    }
+    text = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    given = ask(render("output", effects=effects), closed(explanation=text))
+    assert given == {"explanation": r'token in {" Monday", " say \"no\"", "<b>"}'}
+    windows = [Shown(window_line([" a", " cat"], [1]), None)]
+    assert ask(render("combined", windows=windows, effects=effects), closed(explanation=text)) == {"explanation": CATS}
+
+
 def test_merges_the_predicates_of_hypotheses() -> None:
     schema = closed(
         senses={"type": "array", "items": {"type": "string"}, "minItems": 1}, explanation={"type": "string"}

@@ -3,22 +3,24 @@
 The oracle sees the rendered prompt and nothing else:
 1. It reads the question out of the prompt (`reading`), and looks up what the explanation means: a predicate.
 2. Detection: the predicate holds somewhere in the window. Fuzzing: there are marks, and it holds on each marked token.
-   Simulation: 10 where it holds, else 0. Choice: the continuation in which it holds on more tokens (a draw if equal).
+   Simulation: 10 where it holds, else 0. Rating: 2 or 0. Choice: the continuation or list in which it holds on more
+   tokens (a draw if equal). Writing: samples with a word of the predicate's, and without.
 3. Each verdict is flipped with probability `rate`; in a share `correlation` of the prompts one draw flips all of them or
    none. The draws come from the seed and the bytes of the prompt alone, so asking again gives the same answer.
-4. Asked to explain, it names the words that are marked more often than not, as a predicate that it understands when it
-   is asked to judge it.
+4. Asked to explain, it names the words that are marked more often than not, or without windows the tokens that are
+   promoted, as a predicate that it understands when it is asked to judge it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from exegete.tools.predicates import Predicate, PredicateError, parse, quote, words_of
+from exegete.tools.predicates import Member, Predicate, PredicateError, parse, quote, words_of
 
 from .answers import Answer, Content, Said, answer, said_text
 from .behaviours import Behaviour, Model, Recorded, uniform
@@ -27,7 +29,8 @@ from .reading import Passage, Reading, Unreadable, original, read, schema_in_wor
 
 SAYS_NOTHING = "A pattern in the text."
 """The explanation that is given where there is nothing to go by; it holds nowhere."""
-_LEVELS = ("0", "10")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_WORDS = {"simulation": ("0", "10"), "rating": ("0", "2")}
 
 
 def reply(model: Model, question: Question) -> Answer:
@@ -55,16 +58,17 @@ def _content(model: Model, reading: Reading, question: Question) -> Content:
     if kind == "replay":
         return Content(tuple(_recorded(model, reading, window) for window in reading.passages))
     if reading.task == "explain":
-        return _named(_words_of_marks(reading))
+        return _named(_words_of_marks(reading) if reading.passages else _among("token", reading.promoted[:10]))
     if reading.task == "merge":
         return _named(" or ".join(f"({source})" for source in reading.predicates) or "never")
     if kind == "oracle":
         return _oracle(model.behaviour, reading, question.digest)
     if reading.task == "choice":
         return Content(named={"choice": 1})
-    simulated = reading.task == "simulation"
-    count = len(reading.passages[0].tokens) if simulated else len(reading.passages)
-    return Content((Said(False, words=_LEVELS if simulated else ("0", "1")),) * count)
+    if reading.task == "write":
+        return _written(parse("never"), reading)
+    count = len(reading.passages[0].tokens) if reading.task == "simulation" else len(reading.passages)
+    return Content((Said(False, words=_WORDS.get(reading.task, ("0", "1"))),) * count)
 
 
 def _scripted(model: Model) -> Answer:
@@ -81,10 +85,13 @@ def _oracle(behaviour: Behaviour, reading: Reading, prompt: str) -> Content:
     meaning = _meaning(behaviour, reading.explanation)
     if reading.task == "choice":
         return Content(named={"choice": _chosen(behaviour, meaning, reading.passages, prompt)})
+    if reading.task == "write":
+        return _written(meaning, reading)
     if reading.task == "simulation":
-        truth, words = [bool(held) for held in meaning.matches(reading.passages[0].tokens)], _LEVELS
+        truth = [bool(held) for held in meaning.matches(reading.passages[0].tokens)]
     else:
-        truth, words = [_holds(meaning, reading.task, passage) for passage in reading.passages], ("0", "1")
+        truth = [_holds(meaning, reading.task, passage) for passage in reading.passages]
+    words = _WORDS.get(reading.task, ("0", "1"))
     together = uniform(behaviour.seed, "together", prompt) < behaviour.correlation
     confidence = max(0.5, 1 - max(behaviour.rate, 0.001))
     said = []
@@ -96,7 +103,7 @@ def _oracle(behaviour: Behaviour, reading: Reading, prompt: str) -> Content:
 
 def _holds(meaning: Predicate, task: str, passage: Passage) -> bool:
     mask = meaning.matches(passage.tokens)
-    if task == "detection":
+    if task != "fuzzing":
         return bool(mask.any())
     return any(passage.marked) and all(mask[i] for i, marked in enumerate(passage.marked) if marked)
 
@@ -107,6 +114,21 @@ def _chosen(behaviour: Behaviour, meaning: Predicate, passages: Sequence[Passage
         return 1 + (uniform(behaviour.seed, "guess", prompt) < 0.5)
     flipped = uniform(behaviour.seed, "flip", prompt) < behaviour.rate
     return 1 + ((second > first) != flipped)
+
+
+def _written(meaning: Predicate, reading: Reading) -> Content:
+    """Texts on which the predicate holds and texts on which it does not, as far as its own words and the samples go."""
+    samples = ["".join(passage.tokens) for passage in reading.passages] or ["A text of no importance"]
+    named = [_unquoted(text).strip(" *") for text in _QUOTED.findall(str(meaning))] or ["something"]
+    texts = [f"{samples[n % len(samples)]} {n + 1}" for n in range(reading.count)]
+    firing = [f"{text} {named[n % len(named)]}" for n, text in enumerate(texts)]
+    return Content(named={"firing": firing, "silent": texts})
+
+
+def _unquoted(text: str) -> str:
+    node = parse(f"token is {text}").node
+    assert isinstance(node, Member)
+    return node.values[0]
 
 
 def _meaning(behaviour: Behaviour, explanation: str) -> Predicate:
@@ -160,4 +182,8 @@ def _words_of_marks(reading: Reading) -> str:
         for words, is_marked in zip(words_of(passage.tokens), passage.marked, strict=True):
             (marked if is_marked else unmarked).update(words)
     chosen = [word for word, count in marked.most_common(10) if count >= unmarked[word]] or list(marked)[:10]
-    return f"word in {{{', '.join(map(quote, sorted(chosen)))}}}" if chosen else "never"
+    return _among("word", sorted(chosen))
+
+
+def _among(field: str, texts: Sequence[str]) -> str:
+    return f"{field} in {{{', '.join(map(quote, texts))}}}" if texts else "never"

@@ -2,9 +2,11 @@
 
 1. The question is the last user message with numbered tags; those before it are examples, one after it asks for a repair.
 2. Tags stand on lines of their own: `<explanation>…</explanation>`, `<window N>…</window>`, `<silent N>…</silent>`,
-   `<continuation N>…`, `<hypothesis N …>…`, and `<passage>` with lines `N: token`. `<<…>>` marks a run of tokens.
-3. With an explanation, windows are detection, or fuzzing where the instructions speak of marked tokens; a passage is
-   simulation; continuations are a choice. Without one, windows are to be explained and hypotheses to be merged.
+   `<continuation N>…`, `<hypothesis N …>…`, `<promoted …>…`; `<list N>` with a token on a line, and `<passage>` with
+   lines `N: token`. `<<…>>` marks a run of tokens.
+3. With an explanation, windows are rated where the instructions say so, else they are detection, or fuzzing where the
+   instructions speak of marked tokens; a passage is simulation; continuations and lists are a choice; texts are to be
+   written where so many are asked for. Without one, windows and promoted tokens are to be explained, hypotheses merged.
 4. Tokens of windows are not in a prompt: text is cut anew as GPT-2 cuts it, roughly, at words with their leading space,
    and at the borders of marks.
 """
@@ -17,11 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Task = Literal["detection", "fuzzing", "simulation", "choice", "explain", "merge"]
+Task = Literal["detection", "fuzzing", "rating", "simulation", "choice", "write", "explain", "merge"]
 _TAGS = re.compile(r"^<(window|silent|continuation|hypothesis|predicate) (\d+)[^>\n]*>(.*)</\1>$", re.MULTILINE)
 _EXPLANATION = re.compile(r"^<explanation>(.*)</explanation>$", re.MULTILINE)
 _PASSAGE = re.compile(r"^<passage>\n(.*?)^</passage>$", re.MULTILINE | re.DOTALL)
+_LIST = re.compile(r"^<list (\d+)>\n(.*?)^</list \1>$", re.MULTILINE | re.DOTALL)
+_PROMOTED = re.compile(r"^<promoted[^>\n]*>(.*)</promoted>$", re.MULTILINE)
+_SAMPLE = re.compile(r"^<sample>(.*)</sample>$", re.MULTILINE)
+_WRITE = re.compile(r"^Write (\d+) texts of either kind\.$", re.MULTILINE)
+_QUESTIONS = (_TAGS, _PASSAGE, _LIST, _PROMOTED, _WRITE)
 _SCHEMA = re.compile(r"JSON Schema, and with nothing else:\n(\{.*\})$", re.MULTILINE)
+_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MARKED = re.compile(r"<<(.*?)>>")
 _TOKEN = re.compile(r"\n| ?[^\W\d_]+|_[a-z]+| ?[0-9]+| (?:[<>!]=|[=<>*';])|\S|\s")
 _VISIBLE = str.maketrans({"‹": "<", "›": ">", "ˋ": "`", "⏎": "\n", "→": "\t", "［": "["})
@@ -49,10 +57,13 @@ class Reading:
     task: Task
     explanation: str = ""
     passages: tuple[Passage, ...] = ()
-    """Windows, continuations, or the one passage of a simulation."""
+    """Windows, continuations, lists, samples, or the one passage of a simulation."""
     silent: tuple[Passage, ...] = ()
     hypotheses: tuple[str, ...] = ()
     predicates: tuple[str, ...] = ()
+    promoted: tuple[str, ...] = ()
+    count: int = 0
+    """Texts of either kind to be written."""
 
 
 def read(instructions: str, user: Sequence[str]) -> Reading:
@@ -61,30 +72,45 @@ def read(instructions: str, user: Sequence[str]) -> Reading:
     Raises:
         Unreadable: no message asks anything that is known, or tags are not numbered from 1.
     """
-    question = next((text for text in reversed(user) if _TAGS.search(text) or _PASSAGE.search(text)), None)
+    question = next((text for text in reversed(user) if any(asked.search(text) for asked in _QUESTIONS)), None)
     if question is None:
         raise Unreadable("no numbered tags and no passage in the prompt")
     explanations = _EXPLANATION.findall(question)
     if len(explanations) > 1:
         raise Unreadable("several explanations")
-    explanation = "".join(explanations)
-    simulated = _PASSAGE.search(question)
-    if simulated:
-        return Reading("simulation", explanation, (_listed(simulated[1]),))
-    windows, continuations = _tagged(question, "window"), _tagged(question, "continuation")
-    if explanation and continuations:
-        return Reading("choice", explanation, tuple(map(_passage, continuations)))
-    if explanation and windows:
-        task: Task = "fuzzing" if "marked tokens" in instructions else "detection"
-        return Reading(task, explanation, tuple(map(_passage, windows)))
-    if windows:
-        silent = tuple(map(_passage, _tagged(question, "silent")))
-        return Reading("explain", "", tuple(map(_passage, windows)), silent)
-    hypotheses = tuple(_tagged(question, "hypothesis"))
-    if not hypotheses:
+    reading = _judging(instructions, question, explanations[0]) if explanations else _explaining(question)
+    if reading is None:
         raise Unreadable("nothing that is known is asked")
+    return reading
+
+
+def _judging(instructions: str, question: str, explanation: str) -> Reading | None:
+    """What is asked about an explanation."""
+    if simulated := _PASSAGE.search(question):
+        return Reading("simulation", explanation, (_listed(simulated[1]),))
+    if lists := _LIST.findall(question):
+        return Reading("choice", explanation, tuple(_tokens(text.splitlines()) for _, text in lists))
+    if continuations := _tagged(question, "continuation"):
+        return Reading("choice", explanation, tuple(map(_passage, continuations)))
+    if windows := _tagged(question, "window"):
+        marked: Task = "fuzzing" if "marked tokens" in instructions else "detection"
+        task: Task = "rating" if instructions.startswith("You rate texts") else marked
+        return Reading(task, explanation, tuple(map(_passage, windows)))
+    if asked := _WRITE.search(question):
+        samples = tuple(map(_passage, _SAMPLE.findall(question)))
+        return Reading("write", explanation, samples, count=int(asked[1]))
+    return None
+
+
+def _explaining(question: str) -> Reading | None:
+    """What is asked where an explanation is wanted."""
+    promoted = tuple(_PIECE.findall(original("".join(_PROMOTED.findall(question)))))
+    windows, hypotheses = _tagged(question, "window"), tuple(_tagged(question, "hypothesis"))
+    if windows or promoted:
+        silent = tuple(map(_passage, _tagged(question, "silent")))
+        return Reading("explain", "", tuple(map(_passage, windows)), silent, promoted=tuple(map(json.loads, promoted)))
     predicates = tuple(original(text) for tag, _, text in _TAGS.findall(question) if tag == "predicate")
-    return Reading("merge", hypotheses=hypotheses, predicates=predicates)
+    return Reading("merge", hypotheses=hypotheses, predicates=predicates) if hypotheses else None
 
 
 def schema_in_words(user: Sequence[str]) -> Mapping[str, Any] | None:
@@ -121,5 +147,9 @@ def _listed(lines: str) -> Passage:
     numbered = [row.partition(": ") for row in lines.splitlines()]
     if [number for number, _, _ in numbered] != [str(n + 1) for n in range(len(numbered))]:
         raise Unreadable("tokens are not numbered from 1")
-    tokens = tuple(original(token) for _, _, token in numbered)
-    return Passage(lines, tokens, (False,) * len(tokens))
+    return _tokens([token for _, _, token in numbered])
+
+
+def _tokens(shown: Sequence[str]) -> Passage:
+    tokens = tuple(map(original, shown))
+    return Passage("\n".join(shown), tokens, (False,) * len(tokens))
