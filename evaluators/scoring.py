@@ -9,6 +9,7 @@ allowed it (`stopping`), such an interval would cover too rarely, since the stop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -91,13 +92,17 @@ def _intervals(table: Table, clustering: Clustering) -> dict[str, Interval]:
 
 def _areas(table: Table, given: Sequence[JudgedItem], clustering: Clustering | None) -> dict[str, Interval]:
     """Return AUROC and AUPRC, where every verdict has a probability; without an interval where `clustering` is None."""
-    if not given or any(item.verdict.probability is None for item in given):
+    if not given or not _have_probabilities(given):
         return dict.fromkeys(_AREAS, UNDEFINED)
     probabilities = np.array([item.verdict.probability for item in given], dtype=np.float64)
     if clustering is not None:
         return {name: statistics.area(name, table.truth, probabilities, table.prompts, clustering) for name in _AREAS}
     plain = {"auroc": statistics.auroc, "auprc": statistics.auprc}
     return {name: Interval(metric(table.truth, probabilities), None, None) for name, metric in plain.items()}
+
+
+def _have_probabilities(given: Sequence[JudgedItem]) -> bool:
+    return all(item.verdict.probability is not None and math.isfinite(item.verdict.probability) for item in given)
 
 
 def _sequences(table: Table, stopping: Stopping) -> dict[str, Interval]:
@@ -150,6 +155,6 @@ def _status(judged: Sequence[JudgedItem], given: Sequence[JudgedItem], interval:
         return "no_items"
     if not given:
         return judged[0].verdict.status
-    if metric in _AREAS and any(item.verdict.probability is None for item in given):
+    if metric in _AREAS and not _have_probabilities(given):
         return "no_probabilities"
     return "one_class"

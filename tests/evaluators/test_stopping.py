@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -103,6 +104,22 @@ def test_the_interval_holds_at_all_times_at_once() -> None:
         low, high = ConfidenceSequence().update((rng.random(60) < 0.75).astype(float).tolist())
         missed += not low <= 0.75 <= high  # What was excluded stays so: the last limits tell of all.
     assert missed <= 50, missed
+
+
+def test_it_covers_at_the_stopping_time_and_saves_a_third() -> None:
+    """True rates 0.95, 0.75 and 0.5 for 30, 40 and 30 % of 500 latents; at most 40 prompts of five, two at a time."""
+    rng = np.random.default_rng(3)
+    covered = asked = 0
+    for number in range(500):
+        rate = (0.95, 0.95, 0.95, 0.75, 0.75, 0.75, 0.75, 0.5, 0.5, 0.5)[number % 10]
+        right = rng.random((40, 5)) < rate
+        sequence = ConfidenceSequence(0.75)
+        while sequence.n < 40 and not sequence.stopped:
+            sequence.update([(x[:2].mean() + x[2:].mean()) / 2 for x in right[sequence.n : sequence.n + 2]])
+        covered += sequence.low <= rate <= sequence.high
+        asked += sequence.n
+    assert covered >= 475, covered
+    assert 1 - asked / (500 * 40) >= 0.35, asked
 
 
 def test_outcomes_that_are_no_shares_are_refused() -> None:
@@ -216,6 +233,14 @@ def test_a_judge_that_reads_each_item_alone_has_independent_errors() -> None:
 
 def test_outcomes_are_those_of_prompts_in_order() -> None:
     assert outcomes(detect(Erring(0.0), Stopping()).verdicts) == [1.0] * 16
+
+
+@pytest.mark.parametrize("probability", [None, math.nan])
+def test_one_verdict_without_a_probability_leaves_no_area(probability: float | None) -> None:
+    first, *others = detect(Erring(0.1)).verdicts
+    lacking = replace(first, verdict=Verdict(first.verdict.applies, probability))
+    areas = [score for score in scores("detection", [lacking, *others], {}) if score.metric in ("auroc", "auprc")]
+    assert {(score.value, score.status) for score in areas} == {(None, "no_probabilities")}
 
 
 def order(evaluation: Evaluation) -> list[tuple[int, int]]:
