@@ -1,0 +1,173 @@
+"""Pacing against servers made of a clock and arithmetic: no real time passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+
+from exegete.tools.llm.pacing import Bucket, Limits, Pacer
+
+
+class Clock:
+    """An event loop's time that jumps to the next timer."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._now = 0.0
+        self._tick = 0
+        select = self.loop._selector.select  # type: ignore[attr-defined]
+
+        def jump(timeout: float | None) -> object:
+            if timeout:
+                self._now += timeout
+            return select(0)
+
+        self.loop._selector.select = jump  # type: ignore[attr-defined]
+        self.loop.time = lambda: self._now  # type: ignore[method-assign]
+
+    def __call__(self) -> float:
+        return self._now
+
+
+def load(
+    limits: Limits, seconds: float, allowed: Callable[[float], float], latency_s: float = 0.05
+) -> list[tuple[float, bool]]:
+    """Keep 300 callers asking a server that allows `allowed(t)` requests per second; return (time, answered) by request."""
+    clock = Clock()
+    pacer = Pacer(limits, clock)
+    seen: list[tuple[float, bool]] = []
+    level = [1e9, 0.0]
+
+    async def caller() -> None:
+        while clock() < seconds:
+            slot = await pacer.slot(100)
+            rate = allowed(clock())
+            level[0] = min(max(1.0, rate * 0.05), level[0] + (clock() - level[1]) * rate)
+            level[1] = clock()
+            good = level[0] >= 1
+            level[0] -= good
+            seen.append((clock(), good))
+            await asyncio.sleep(latency_s)
+            if good:
+                pacer.answered(slot, 100)
+            else:
+                pacer.pushed_back(slot, None)
+                await asyncio.sleep(0.25)
+
+    async def all_callers() -> None:
+        await asyncio.gather(*(caller() for _ in range(300)))
+
+    clock.loop.run_until_complete(all_callers())
+    clock.loop.close()
+    assert pacer.in_flight == 0
+    return seen
+
+
+def rate(seen: list[tuple[float, bool]], begin: float, end: float, good: bool = True) -> float:
+    return sum(begin <= at < end and answered is good for at, answered in seen) / (end - begin)
+
+
+def test_follows_a_sudden_limit_and_leaves_it_again() -> None:
+    seen = load(Limits(concurrency=64), 60, lambda t: 5.0 if 10 <= t < 30 else 1e9)
+    assert rate(seen, 5, 10) > 0.9 * 64 / 0.05
+    # Within five seconds of the limit: most of what is allowed is used, and little is refused.
+    assert rate(seen, 15, 30) > 0.8 * 5
+    assert rate(seen, 15, 30, good=False) < 3
+    # Within twenty-five seconds of its end: full speed again.
+    assert rate(seen, 55, 60) > 0.9 * 64 / 0.05
+
+
+def test_a_server_that_takes_few_at_a_time() -> None:
+    busy: deque[float] = deque()
+
+    clock = Clock()
+    pacer = Pacer(Limits(concurrency=64), clock)
+    outcomes: list[tuple[float, bool]] = []
+
+    async def caller() -> None:
+        while clock() < 40:
+            slot = await pacer.slot(1)
+            while busy and busy[0] <= clock():
+                busy.popleft()
+            good = len(busy) < 8
+            outcomes.append((clock(), good))
+            if good:
+                busy.append(clock() + 0.5)
+                await asyncio.sleep(0.5)
+                pacer.answered(slot, 1)
+            else:
+                await asyncio.sleep(0.01)
+                pacer.pushed_back(slot, None)
+                await asyncio.sleep(0.25)
+
+    async def callers() -> None:
+        await asyncio.gather(*(caller() for _ in range(64)))
+
+    clock.loop.run_until_complete(callers())
+    clock.loop.close()
+    # Eight at a time of half a second each are sixteen per second.
+    assert rate(outcomes, 20, 40) > 0.75 * 16
+
+
+def test_given_limits_hold() -> None:
+    for limits in (Limits(requests_per_minute=600), Limits(tokens_per_minute=60_000)):
+        seen = load(limits, 30, lambda t: 1e9)
+        # Ten per second, after a tenth of a minute's worth at once.
+        assert sum(at < 30 for at, _ in seen) == pytest.approx(60 + 300, abs=10)
+
+
+def test_bucket_by_hand() -> None:
+    bucket = Bucket(60, 0.0)
+    # One per second, six at once; a larger one passes and is worked off.
+    assert bucket.wait_s(0.0) == 0
+    bucket.take(10)
+    assert bucket.wait_s(0.0) == pytest.approx(5.0, abs=1e-3)
+    assert bucket.wait_s(5.1) == 0
+
+
+def test_retry_after_holds_for_everybody_where_nothing_is_answered() -> None:
+    clock = Clock()
+    pacer = Pacer(Limits(), clock)
+
+    async def ask() -> tuple[float, float]:
+        slot = await pacer.slot(1)
+        await asyncio.sleep(2)
+        pacer.pushed_back(slot, 30.0)
+        slot = await pacer.slot(1)
+        held = clock()
+        pacer.answered(slot, 1)
+        slot = await pacer.slot(1)
+        pacer.pushed_back(slot, 30.0)
+        await pacer.slot(1)
+        return held, clock()
+
+    held, after = clock.loop.run_until_complete(ask())
+    clock.loop.close()
+    assert held == pytest.approx(32, abs=0.1)
+    # Others are answered: only the call that got the second one waits for it.
+    assert after < 34
+
+
+def test_order_of_arrival_and_leaving_the_queue() -> None:
+    clock = Clock()
+    pacer = Pacer(Limits(concurrency=1), clock)
+    order: list[int] = []
+
+    async def caller(number: int) -> None:
+        slot = await pacer.slot(1)
+        order.append(number)
+        await asyncio.sleep(1)
+        pacer.answered(slot, 1)
+
+    async def ask() -> None:
+        tasks = [asyncio.create_task(caller(number)) for number in range(5)]
+        await asyncio.sleep(0.5)
+        tasks[2].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    clock.loop.run_until_complete(ask())
+    clock.loop.close()
+    assert order == [0, 1, 3, 4] and pacer.in_flight == 0
