@@ -116,7 +116,7 @@ def firing_windows(evidence: LatentEvidence, count: int, seed: int, sample: int 
     Raises:
         SealedSplitError: `evidence` may not be read for explaining.
     """
-    firing = [w for w in evidence.select("explain") if w.fires and w.tokens and w.firing_positions()]
+    firing = [w for w in evidence.select("explain") if w.fires and (w.activations is not None or w.firing_positions())]
     firing = [w for w in firing if w.stratum is not None] or firing
     if sample:
         firing = [firing[i] for i in generator(seed, "windows shown", sample).permutation(len(firing))]
@@ -131,17 +131,16 @@ def firing_windows(evidence: LatentEvidence, count: int, seed: int, sample: int 
 def shown(windows: Sequence[Window]) -> list[Shown]:
     """Return firing windows as a prompt shows them; activations are in tenths of the largest one among them."""
     peak = max((w.peak or 0.0 for w in windows), default=0.0)
-    return [Shown(window_line(w.tokens, w.firing_positions()), _activations(w, peak)) for w in windows]
+    return [_shown(w, w.firing_positions(), peak) for w in windows]
 
 
-def _activations(window: Window, peak: float) -> Line | None:
+def _shown(window: Window, positions: Sequence[int], peak: float) -> Shown:
+    text = window_line(window.tokens, positions)
     if window.activations is None:
-        return None
-    listed = [
-        f"{json.dumps(window.tokens[i], ensure_ascii=False)} {quantised(float(window.activations[i]), peak)}"
-        for i in window.firing_positions()
-    ]
-    return window_line([", ".join(listed)])
+        return Shown(text, None)
+    values = window.activations.tolist()
+    listed = [f"{json.dumps(window.tokens[i], ensure_ascii=False)} {quantised(values[i], peak)}" for i in positions]
+    return Shown(text, window_line([", ".join(listed)]))
 
 
 def answer_schema(predicate: bool = True, **more: Mapping[str, Any]) -> str:
