@@ -100,6 +100,7 @@ _BUILT_IN = (
     "exegete.evaluators.embedding",
     "exegete.evaluators.fuzzing",
     "exegete.evaluators.model_judge",
+    "exegete.evaluators.generation_scores",
     "exegete.evaluators.intervention",
     "exegete.evaluators.output",
     "exegete.evaluators.predicate_judge",

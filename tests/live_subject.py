@@ -1,7 +1,7 @@
 """The bundled subject with planted latents, for tests of evaluators that run it.
 
-`PLANTED` never fires on input and writes the unembedding of a few words of SQL; the latents from `DEAD` on never fire and
-write random directions.
+`PLANTED` never fires on input and writes the unembedding of a few words of SQL; `CONSTANT` fires on every token alike and
+writes the same, too faintly to be seen; the latents from `DEAD` on never fire and write random directions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from exegete.tools.subject import load_subject
 from exegete.tools.windows import LatentEvidence, Split, Window
 
 WORDS = (" AVG", " SUM", " MAX", " MIN")
-PLANTED, DEAD = 1000, 1001
+CONSTANT, PLANTED, DEAD = 999, 1000, 1001
 
 
 @cache
@@ -41,7 +41,12 @@ def planted_model() -> LiveModel:
     chosen = unembedding[:, [subject.pieces.index(word) for word in WORDS]]
     decoder[PLANTED] = chosen.mean(-1) - unembedding.mean(-1)
     decoder[PLANTED:] /= decoder[PLANTED:].norm(dim=-1, keepdim=True)
-    planted = replace(loaded, name="planted", fingerprint="sha256:planted", encoder_bias=bias, decoder=decoder)
+    # Active everywhere at 100, and 100 of these write a vector of length 1.
+    encoder = loaded.encoder.clone()
+    encoder[:, CONSTANT], bias[CONSTANT], decoder[CONSTANT] = 0.0, 100.0, decoder[PLANTED] / 100
+    planted = replace(
+        loaded, encoder=encoder, name="planted", fingerprint="sha256:planted", encoder_bias=bias, decoder=decoder
+    )
     return LiveModel(subject, [planted])
 
 
