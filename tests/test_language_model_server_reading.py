@@ -1,8 +1,14 @@
-"""What the test server's oracle makes of every kind of prompt, without the network."""
+"""What the test server's oracle makes of every kind of prompt, without the network; and that the server ends."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,6 +177,19 @@ VERDICT = {"type": "integer", "enum": [0, 1]}
 )
 def test_verdicts_take_the_form_that_is_asked_for(schema: dict[str, Any], value: Any) -> None:
     assert json.loads(answer(SAID, schema).text) == value
+
+
+def test_the_server_ends_with_the_test_that_started_it() -> None:
+    """Also where nobody had the time to stop it."""
+    code = "import os, language_model_server as s\nwith s.serving() as r:\n print(r.port, flush=True); os._exit(1)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    port = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("the server still listens")
 
 
 def test_an_object_without_lists_is_shortened_too() -> None:
