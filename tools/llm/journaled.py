@@ -26,7 +26,7 @@ from exegete.tools.llm.faults import Declined, Transient
 from exegete.tools.llm.pacing import Limits, Pacer, Slot
 from exegete.tools.llm.prices import Price, most_input_tokens
 from exegete.tools.llm.retrying import persist
-from exegete.tools.llm.structured import repair_request, validated
+from exegete.tools.llm.structured import repair_request, schema_value, validated
 from exegete.tools.llm.wire import Wire
 
 _UNANSWERED = ("error", "unknown")
@@ -58,7 +58,8 @@ class JournaledClient:
 
         Raises:
             UserError: nothing can come of asking (key, model, quota, budget). From then on every new call raises it.
-            ValueError: the messages are no conversation (none, a system message late, or not the user's at the end).
+            ValueError: the messages are no conversation (none, a system message late, or not the user's at the end), or the
+                schema is none.
         """
         _check(request)
         first = await self._once(request)
@@ -204,6 +205,8 @@ def _check(request: Request) -> None:
         raise ValueError(f"messages by {roles}: expected system messages first and the user's last")
     if request.max_tokens < 1 or not 0 <= request.shared <= len(roles):
         raise ValueError(f"max_tokens={request.max_tokens}, shared={request.shared} of {len(roles)} messages")
+    if request.schema is not None:
+        schema_value(request.schema)
 
 
 def _again_validated(reply: Reply, schema: str | None) -> Reply:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from exegete.tools.errors import UserError
 from exegete.tools.llm.contract import Message, Reply, Request, TokenLogprob, Usage
@@ -46,8 +48,9 @@ class LocalModel:
         """
         self.name = f"hf:{path}"
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            with _quiet():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError) as error:
             why = str(error).strip().splitlines()[0]
             raise UserError(f"{self.name}: no causal language model can be loaded from there: {why}") from None
@@ -172,6 +175,18 @@ class LocalModel:
         if not all(map(math.isfinite, sums)):
             raise UserError(f"{self.name}: the model gives NaN or infinite log-probabilities; try dtype float32")
         return [float(value) for value in sums]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers: a library does not print."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sampling(temperature: float | None) -> dict[str, Any]:

@@ -64,14 +64,25 @@ class Spec:
         """Return the key from the environment; None where the server may do without one.
 
         Raises:
-            UserError: the server needs a key and its variable is not set (the message names it).
+            UserError: the server needs a key and its variable is not set (the message names it), or the environment names
+                another server than the model does, to which the key may belong.
         """
+        self._check_environment()
         key = os.environ.get(self.key_variable, "").strip()
         if key:
             return key
         if self.key_variable == _ANY_KEY:
             return None
         raise UserError(f"{self.name}: no key; set the environment variable {self.key_variable}")
+
+    def _check_environment(self) -> None:
+        variable = f"{self.provider.removesuffix('-batch').upper()}_BASE_URL"
+        elsewhere = urlsplit(os.environ.get(variable, "")).hostname
+        if self.url is None and elsewhere and elsewhere != self.host:
+            raise UserError(
+                f"{self.name}: {variable} is set to a server at {elsewhere}; name it in the model, as in "
+                f"{self.provider}:{self.model}@https://{elsewhere}/…, or unset {variable}"
+            )
 
 
 def parse_spec(text: str) -> Spec:

@@ -78,8 +78,18 @@ def test_passwords_in_urls_are_refused_and_not_repeated(text: str) -> None:
 )
 def test_missing_key_names_its_variable(spec: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable, raising=False)
+    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=variable):
         open_client(spec, journal=MemoryJournal())
+
+
+def test_another_server_in_the_environment_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://proxy.example/v1")
+    with pytest.raises(UserError, match="OPENAI_BASE_URL"):
+        open_client("openai:gpt-4o", journal=MemoryJournal())
+    assert parse_spec("openai:gpt-4o@https://proxy.example/v1").key() is None
 
 
 def test_a_providers_key_goes_to_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +136,7 @@ def test_own_prices_win(tmp_path: Path) -> None:
 
 
 def test_unknown_price_with_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(UserError, match=r"--no-budget.*Did you mean 'openai:gpt-4o'"):
         open_client("openai:gpt-4oo", journal=MemoryJournal(), budget=Budget(1))
