@@ -100,10 +100,14 @@ def alone(model: LiveModel, trials: Sequence[Trial]) -> list[Tensor]:
 def shared(scheduler: Scheduler, trials: Sequence[Trial]) -> list[Tensor]:
     """Run all experiments at the same time, each as a task of its own."""
 
-    async def everyone() -> list[list[Tensor]]:
-        return await asyncio.gather(*(scheduler.run([trial], _logits) for trial in trials))
+    found: list[list[Tensor]] = []
 
-    return [rows[0] for rows in asyncio.run(everyone())]
+    async def everyone() -> None:
+        # Not returned: asyncio.run spells out its task, and with it a result, which takes longer than a batch.
+        found.extend(await asyncio.gather(*(scheduler.run([trial], _logits) for trial in trials)))
+
+    asyncio.run(everyone())
+    return [rows[0] for rows in found]
 
 
 def _logits(reading: Reading) -> list[Tensor]:
