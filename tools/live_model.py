@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -69,7 +68,7 @@ class LiveModel:
         # Of the subject: its hooks are those of every live model over it.
         self._lock = subject.lock
         self._effective: set[str] = set()
-        self._sources: OrderedDict[LatentEdit, Tensor] = OrderedDict()
+        self._sources = KeptTensors(_SOURCES_KEPT)
         self.source_vectors = KeptTensors(_SOURCES_KEPT)
         for dictionary in dictionaries:
             self._attach(dictionary)
@@ -304,13 +303,7 @@ class LiveModel:
         key = replace(edit, dictionary=self.dictionary(edit.dictionary).fingerprint, positions="all", seed=0)
         if edit.operation == "patch":
             return normal(read_source(self, key))
-        with self._lock:
-            if key not in self._sources:
-                self._sources[key] = normal(read_source(self, key))
-            self._sources.move_to_end(key)
-            while len(self._sources) > 1 and sum(map(Tensor.numel, self._sources.values())) > _SOURCES_KEPT:
-                self._sources.popitem(last=False)
-            return self._sources[key]
+        return self._sources.get(key, lambda: read_source(self, key))
 
     def hooked(self, hook_point: str, change: Change) -> AbstractContextManager[None]:
         """Hand `change` the vectors at a hook point, shape (trial, position, width); what it returns replaces them."""
