@@ -349,7 +349,7 @@ def test_damage_is_noticed_on_opening(name: str, tmp_path: Path) -> None:
         (b'{"body": "5"}\n', "field.jsonl", "no field 'text'; it has body"),
         (b'{"text": 5}\n', "number.jsonl", "the text is a int"),
         (b'{"text": "5"}', "object.json", "holds a JSON dict"),
-        (gzip.compress(b'{"text": "5"}\n' * 99)[:-9], "cut.jsonl.gz", "cannot be read"),
+        (gzip.compress(b'{"text": "5"}\n' * 99, mtime=0)[:-9], "cut.jsonl.gz", "cannot be read"),
         (zstandard.compress(b'{"text": "5"}\n' * 99)[:4] + b"junkjunk", "cut.jsonl.zst", "cannot be read"),
         (b"PAR1junk", "cut.parquet", "cannot be read"),
         (b"5", "notes.doc", "of no known kind"),
