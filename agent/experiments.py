@@ -1,4 +1,4 @@
-"""`exegete steer`, `ablate` and `attribute`: one experiment on the live model, with its controls."""
+"""`exegete steer` and `ablate`: one experiment on the live model, with its controls."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exegete.agent.findings import Findings, Table, figure
+from exegete.agent.findings import Findings, Table, estimated, figure
 from exegete.agent.gathering import BUNDLED, bundled_texts
 from exegete.agent.live import Live
 from exegete.tools.ablation_sets import Ablation
-from exegete.tools.attribution import LogitDifference, LogProbability, attribute
 from exegete.tools.controls import firing_rates, random_direction, random_latents
-from exegete.tools.effects import Change, NextTokenEffect, Pair, generate_pairs, logit_difference, next_token_effect
+from exegete.tools.effects import (
+    Change,
+    NextTokenEffect,
+    Pair,
+    generate_pairs,
+    kl_divergences,
+    logit_difference,
+    next_token_effect,
+)
 from exegete.tools.errors import UserError
 from exegete.tools.interventions import Intervention, Positions, Tokens, push, steer
 from exegete.tools.live_model import Trial
@@ -44,6 +51,18 @@ class Request:
     top: int = 8
     seed: int = 0
 
+    def parameters(self, latents: Sequence[int] = ()) -> dict[str, Any]:
+        """Return what is stored beside a result."""
+        return {
+            "latents": list(latents),
+            "positions": self.positions,
+            "tokens": self.tokens,
+            "temperature": self.temperature,
+            "controls": self.controls,
+            "seed": self.seed,
+            "texts": len(self.texts),
+        }
+
 
 @dataclass(frozen=True)
 class Steering:
@@ -67,15 +86,16 @@ def steering(live: Live, request: Request, *, kl: float | None, strength: float 
     model, dictionary = live.model, live.dictionary
     if (kl is None) == (strength is None):
         raise UserError("give either --kl or --strength")
-    prompts = _prompts(live, request.prompts)
+    prompts = live.prompts(request.prompts)
     latents = _latents(live, request.latents)
     model.check([Trial(prompt) for prompt in prompts])
     own: Make = lambda s: steer(dictionary.fingerprint, latents, s, request.positions)  # noqa: E731
     clean = generate_pairs(model, [Trial(prompt) for prompt in prompts], request.tokens, **_sampling(request))
+    matched_on = [model.tokens(text) for text in request.texts] or prompts
     if strength is not None:
         first = _arm(live, request, prompts, "steered", tuple(latents), own, strength, None)
-        kl = first.effect.kl.value if first.effect else None
-    matched_on = [model.tokens(text) for text in request.texts] or prompts
+        # Where the controls are brought to it: on other prompts the same strength comes to another KL.
+        kl = float(np.mean(kl_divergences(model, [Trial(prompt, own(strength)) for prompt in matched_on])))
     makes = [] if strength is not None else [("steered", tuple(latents), own)]
     makes += _controls(live, request, latents, prompts) if kl else []
     found = match_strengths(model, [make for *_, make in makes], matched_on, target_kl=kl) if makes and kl else []
@@ -85,12 +105,12 @@ def steering(live: Live, request: Request, *, kl: float | None, strength: float 
     facts = {
         "command": "steer",
         "origin": live.origin,
-        "parameters": _parameters(request, latents) | {"target_kl": kl, "matched_on": len(matched_on)},
+        "parameters": request.parameters(latents) | {"target_kl": kl, "matched_on": len(matched_on)},
         "prompts": list(request.prompts),
         "clean": [model.text(pair.clean.tokens) for pair in clean],
         "arms": arms,
     }
-    lines = [*_heading(live), *(f"latent {latent}: {live.label(latent) or 'no label'}" for latent in latents)]
+    lines = [live.heading, *(f"latent {latent}: {live.label(latent) or 'no label'}" for latent in latents)]
     where = (
         f"{len(matched_on)} other texts" if request.texts else "the prompts themselves; give --texts to match on others"
     )
@@ -196,7 +216,7 @@ def ablating(
         UserError: a prompt, latent, mode or token is not there, or the mode needs texts that are not given.
     """
     model = live.model
-    prompts, latents = _prompts(live, request.prompts), _latents(live, request.latents)
+    prompts, latents = live.prompts(request.prompts), _latents(live, request.latents)
     make = _ablation(live, request, mode)
     sets = [tuple(latents), *_random_sets(live, request, latents, prompts)]
     trials = [[Trial(prompt, make(drawn, prompt)) for prompt in prompts] for drawn in sets]
@@ -207,7 +227,7 @@ def ablating(
     facts = {
         "command": "ablate",
         "origin": live.origin,
-        "parameters": _parameters(request, latents) | {"mode": mode, "answer": answer, "other": other},
+        "parameters": request.parameters(latents) | {"mode": mode, "answer": answer, "other": other},
         "prompts": list(request.prompts),
         "clean": [model.text(pair.clean.tokens) for pair in pairs],
         "ablated": [model.text(pair.changed.tokens) for pair in pairs],
@@ -216,7 +236,7 @@ def ablating(
         "log_odds": odds,
     }
     kl = effects[0].kl
-    lines = [*_heading(live), *(f"latent {latent}: {live.label(latent) or 'no label'}" for latent in latents)]
+    lines = [live.heading, *(f"latent {latent}: {live.label(latent) or 'no label'}" for latent in latents)]
     lines.append(f"KL from the clean run: {figure(kl.value, kl.low, kl.high, kl.n)}; {_beside(kls[1:])}")
     if odds:
         change = odds[0].change
@@ -273,85 +293,13 @@ def _log_odds(live: Live, answer: str | None, other: str | None, trials: Sequenc
         return []
     if answer is None or other is None:
         raise UserError("log-odds are between two tokens: give both --answer and --other")
-    tokens = _token(live, answer), _token(live, other)
+    tokens = live.token(answer), live.token(other)
     return [logit_difference(live.model, one, *tokens) for one in trials]
-
-
-def attributing(live: Live, request: Request, *, answer: str, other: str | None, steps: int, groups: int) -> Findings:
-    """Attribute the log-probability of a token, or its log-odds against another, to latents.
-
-    Raises:
-        UserError: a prompt or token is not there, or a number is out of range.
-    """
-    prompts = _prompts(live, request.prompts)
-    right = _token(live, answer)
-    metric = LogProbability(right) if other is None else LogitDifference(right, _token(live, other))
-    found = attribute(
-        live.model, live.dictionary, prompts, metric, steps=steps, groups=groups, top=request.top, exact=request.top,
-        seed=request.seed,
-    )  # fmt: skip
-    rows = [
-        (
-            one.latent,
-            _estimated(one.attribution),
-            _estimated(one.exact),
-            _strongest(live, found, prompts, one.latent),
-            live.label(one.latent),
-        )
-        for one in found.ranked
-    ]
-    what = f"log-probability of {answer!r}" if other is None else f"log-odds of {answer!r} against {other!r}"
-    lines = [*_heading(live), f"{what}: {float(np.mean(found.clean)):.3g} (n = {len(prompts)})"]
-    if found.floor is not None:
-        lines.append(
-            f"exact effects of {len(found.drawn)} other active latents drawn at random: 95 % below {found.floor:.3g}"
-        )
-    if found.agreement is not None:
-        agreement = found.agreement
-        interval = figure(agreement.value, agreement.low, agreement.high, agreement.n)
-        lines.append(
-            f"rank correlation of estimate and exact effect: {interval}; chance stays below {agreement.floor:.2g}"
-        )
-    share = found.error_share
-    lines.append(f"share of the dictionary's error in all attributions: {figure(share.value, share.low, share.high)}")
-    facts = {
-        "command": "attribute",
-        "origin": live.origin,
-        "parameters": _parameters(request, []) | {"answer": answer, "other": other, "steps": steps, "groups": groups},
-        "prompts": list(request.prompts),
-        "clean": found.clean,
-        "latents": [
-            {"latent": one.latent, "attribution": one.attribution, "exact": one.exact, "label": live.label(one.latent)}
-            for one in found.ranked
-        ],
-        "random": found.drawn,
-        "random_95": found.floor,
-        "agreement": found.agreement,
-        "latents_total": found.latents_total,
-        "error_total": found.error_total,
-        "error_share": found.error_share,
-    }
-    return Findings(
-        facts, lines, [Table("latents", ("latent", "attribution", "exact effect", "mostly at", "label"), rows)]
-    )
-
-
-def _estimated(estimate: Any) -> str:
-    return "" if estimate is None else figure(estimate.value, estimate.low, estimate.high)
-
-
-def _strongest(live: Live, found: Any, prompts: Sequence[Tokens], latent: int) -> str:
-    """Return the token at which a latent is held most responsible."""
-    entries = found.entries
-    own = np.flatnonzero(entries.latent == latent)
-    place = own[np.argmax(np.abs(entries.attribution[own]))]
-    token = prompts[int(entries.prompt[place])][int(entries.position[place])]
-    return live.model.subject.pieces[token]
 
 
 def _token_table(name: str, effect: NextTokenEffect) -> Table:
     rows = [
-        (kind, one.text, one.clean, one.changed, _estimated(one.probability))
+        (kind, one.text, one.clean, one.changed, estimated(one.probability))
         for kind, tokens in (("rises", effect.risers), ("falls", effect.fallers))
         for one in tokens
     ]
@@ -360,30 +308,8 @@ def _token_table(name: str, effect: NextTokenEffect) -> Table:
     )
 
 
-def _heading(live: Live) -> list[str]:
-    return [f"subject {live.model.subject.name}, dictionary {live.dictionary.name} at {live.dictionary.hook_point_out}"]
-
-
-def _parameters(request: Request, latents: Sequence[int]) -> dict[str, Any]:
-    return {
-        "latents": list(latents),
-        "positions": request.positions,
-        "tokens": request.tokens,
-        "temperature": request.temperature,
-        "controls": request.controls,
-        "seed": request.seed,
-        "texts": len(request.texts),
-    }
-
-
 def _sampling(request: Request) -> dict[str, Any]:
     return {"temperature": request.temperature, "seed": request.seed}
-
-
-def _prompts(live: Live, texts: Sequence[str]) -> list[Tokens]:
-    if not texts:
-        raise UserError("there is no prompt; give one as an argument, or a file with --prompts")
-    return [live.model.tokens(text) for text in texts]
 
 
 def _latents(live: Live, latents: Sequence[int]) -> list[int]:
@@ -391,22 +317,3 @@ def _latents(live: Live, latents: Sequence[int]) -> list[int]:
         raise UserError("no latent is given; name at least one with --latent")
     live.model.require_latents(live.dictionary, latents)
     return list(dict.fromkeys(latents))
-
-
-def _token(live: Live, text: str) -> int:
-    """Return the one token that spells `text`.
-
-    Raises:
-        UserError: none does; the tokens that spell it together are named.
-    """
-    pieces = live.model.subject.pieces
-    found = live.model.subject.encode([text])[0]
-    if len(found) == 1 and pieces[found[0]].strip() == text.strip():
-        return found[0]
-    exact = [token for token, piece in enumerate(pieces) if piece == text]
-    if exact:
-        return exact[0]
-    spelled = ", ".join(repr(pieces[token]) for token in found)
-    raise UserError(
-        f"{text!r} is no token of subject {live.model.subject.name!r}, which spells it {spelled}; name one token"
-    )

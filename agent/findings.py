@@ -7,11 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exegete.agent.latent_cards import visible
 from exegete.agent.sql import format_table
 from exegete.tools.errors import UserError
+
+if TYPE_CHECKING:
+    from exegete.tools.estimates import Estimate
 
 FORMATS = ("table", "json")
 
@@ -71,3 +74,8 @@ def figure(value: float | None, low: float | None = None, high: float | None = N
         return ""
     interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
     return f"{value:.3g}{interval}{'' if n is None else f' (n = {n})'}"
+
+
+def estimated(estimate: Estimate | None) -> str:
+    """Return an estimate with its interval; an empty string for None."""
+    return "" if estimate is None else figure(estimate.value, estimate.low, estimate.high)

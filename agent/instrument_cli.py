@@ -188,7 +188,8 @@ def attribute(
     seed: Seed = 0,
 ) -> Findings:
     """Say which latents hold a token up, by gradients, with the exact effect of ablating the leaders beside them."""
-    from exegete.agent.experiments import Request, attributing
+    from exegete.agent.attributing import attributing
+    from exegete.agent.experiments import Request
 
     read = _texts(prompts, prompt_file)
     live = model()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from exegete.tools.dictionaries import Dictionary
+    from exegete.tools.interventions import Tokens
     from exegete.tools.live_model import LiveModel
 
 MOST_PROMPTS = 10_000
@@ -64,6 +65,37 @@ class Live:
             "hook_point": self.dictionary.hook_point_out,
             "store": None if self.store is None else str(self.store),
         }
+
+    @property
+    def heading(self) -> str:
+        """What ran, for the first line."""
+        return (
+            f"subject {self.model.subject.name}, dictionary {self.dictionary.name} at {self.dictionary.hook_point_out}"
+        )
+
+    def prompts(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of each text. Raises UserError where there is none, or one is empty or too long."""
+        if not texts:
+            raise UserError("there is no prompt; give one as an argument, or a file with --prompts")
+        return [self.model.tokens(text) for text in texts]
+
+    def token(self, text: str) -> int:
+        """Return the one token that spells `text`.
+
+        Raises:
+            UserError: none does; the tokens that spell it together are named.
+        """
+        pieces = self.model.subject.pieces
+        found = self.model.subject.encode([text])[0]
+        if len(found) == 1 and pieces[found[0]].strip() == text.strip():
+            return found[0]
+        exact = [token for token, piece in enumerate(pieces) if piece == text]
+        if exact:
+            return exact[0]
+        spelled = ", ".join(repr(pieces[token]) for token in found)
+        raise UserError(
+            f"{text!r} is no token of subject {self.model.subject.name!r}, which spells it {spelled}; name one token"
+        )
 
     def label(self, latent: int) -> str:
         """Return what the store says of a latent, empty where it says nothing."""

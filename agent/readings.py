@@ -50,7 +50,7 @@ def comparing(
     )
     discoveries = found.discoveries
     rows = discoveries or found.rows(min(top, 3))
-    lines = [*_heading(live), *_comparison_lines(found, names, len(discoveries))]
+    lines = [live.heading, *_comparison_lines(found, names, len(discoveries))]
     facts = {
         "command": "compare",
         "origin": live.origin,
@@ -115,7 +115,7 @@ def looking(live: Live, latents: Sequence[int], prompts: Sequence[str], *, kl: f
         "direct": direct,
         "clamped": clamped,
     }
-    return Findings(facts, _heading(live), tables)
+    return Findings(facts, [live.heading], tables)
 
 
 def _direct_table(live: Live, found: DirectLens) -> Table:
@@ -174,7 +174,7 @@ def probing(
         for one in found.results
         for latent in one.chosen[:5]
     ]
-    lines = [*_heading(live), f"{found.texts} texts, {found.positives} of them positive, {found.groups} groups"]
+    lines = [live.heading, f"{found.texts} texts, {found.positives} of them positive, {found.groups} groups"]
     lines += [f"regime {one.regime} left out: {one.reason}" for one in found.skipped]
     facts = {"command": "probe", "origin": live.origin, "pooling": pooling, "probes": found}
     return Findings(
@@ -207,7 +207,3 @@ def _gain(result: ProbeResult) -> str:
 def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{option} {value!r} is not one of {', '.join(allowed)}")
-
-
-def _heading(live: Live) -> list[str]:
-    return [f"subject {live.model.subject.name}, dictionary {live.dictionary.name} at {live.dictionary.hook_point_out}"]

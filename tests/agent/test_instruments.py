@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 from exegete.agent import instrument_cli
 from exegete.agent.cli import app
 from exegete.agent.findings import Findings, Table, figure, plain
-from exegete.agent.live import Live, Wanted, open_live
+from exegete.agent.live import Live, Wanted, open_live, read_texts
 from exegete.tools.bundled.behaviours import behaviours
 from exegete.tools.bundled.grammar import generate
+from exegete.tools.effects import kl_divergences
 from exegete.tools.errors import UserError
+from exegete.tools.interventions import steer
+from exegete.tools.live_model import Trial
 
 DESC = (
     "tables: players(id, age, last_name, top_speed, country) films(id, genre, budget, name)\n"
@@ -95,6 +98,34 @@ def test_a_given_strength_sets_the_kl_of_the_controls(leader: int) -> None:
     assert found["parameters"]["target_kl"] == pytest.approx(found["arms"][0]["effect"]["kl"]["value"])
     none = facts("steer", DESC, "--latent", str(leader), "--strength", "0", "--controls", "1", "--tokens", "2")
     assert [arm["name"] for arm in none["arms"]] == ["steered"] and none["arms"][0]["written"] == none["clean"]
+
+
+def test_controls_of_a_given_strength_match_its_kl_where_they_are_matched(
+    live: Live, leader: int, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": one.text[:-20]}) + "\n" for one in generate(9, 6)))
+    found = facts(
+        "steer",
+        DESC,
+        "--latent",
+        str(leader),
+        "--strength",
+        "-6",
+        "--texts",
+        str(texts),
+        "--controls",
+        "1",
+        "--tokens",
+        "2",
+    )
+    target = found["parameters"]["target_kl"]
+    assert target != pytest.approx(found["arms"][0]["effect"]["kl"]["value"], rel=0.01)
+    change = steer(live.dictionary.fingerprint, [leader], -6.0)
+    own = kl_divergences(live.model, [Trial(live.model.tokens(text), change) for text in read_texts(texts)])
+    assert target == pytest.approx(sum(own) / len(own), rel=1e-3)
+    reached = [arm["matched"]["kl"] for arm in found["arms"][1:] if arm["matched"]["status"] == "matched"]
+    assert reached and all(0.9 * target <= kl <= 1.1 * target for kl in reached)
 
 
 def test_tables_are_for_people(leader: int) -> None:
