@@ -10,7 +10,7 @@ Special tokens (beginning, end, padding) keep their own vectors, are not counted
 trained on them. Intervals are Student's at 95 %, over contexts (for ratios of sums, by linearisation). Memory holds a
 batch, a dozen numbers for each context, and for step 3 matrices of width × width.
 
-Fraction of variance unexplained, L0 and loss recovered: Gao et al. 2024 (arXiv 2406.04093), section 2; SAEBench, core.
+Fraction of variance unexplained, L0 and loss recovered: Gao et al. 2024 (arXiv 2406.04093); SAEBench.
 """
 
 from __future__ import annotations

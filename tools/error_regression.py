@@ -1,4 +1,4 @@
-"""How much of a dictionary's error a linear map of its input predicts (Engels et al. 2024, arXiv 2410.14670, section 4).
+"""How much of a dictionary's error a linear map of its input predicts (Engels et al. 2024, arXiv 2410.14670).
 
 1. Normal equations of a ridge regression from the input to the error vector and to its squared norm are summed up token
    by token in float64, so that memory does not grow with the tokens. The penalty of each target is the one of a ladder
