@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from exegete.tools.llm.contract import (
+    BatchJournal,
     Client,
     Journal,
     MemoryJournal,
@@ -11,6 +12,7 @@ from exegete.tools.llm.contract import (
     Reply,
     Request,
     Status,
+    Submission,
     TokenLogprob,
     Usage,
     schema_text,
@@ -25,6 +27,7 @@ from exegete.tools.llm.prices import Price, Prices, load_prices
 from exegete.tools.llm.specs import Spec, parse_spec
 
 __all__ = [
+    "BatchJournal",
     "Budget",
     "BudgetUsedUp",
     "Client",
@@ -39,6 +42,7 @@ __all__ = [
     "Request",
     "Spec",
     "Status",
+    "Submission",
     "TokenLogprob",
     "Usage",
     "gives_logprobs",

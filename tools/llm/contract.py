@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from exegete.tools.seeds import digest
@@ -152,12 +152,45 @@ class Journal(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A batch of calls that was about to be sent, or was."""
+
+    nonce: str
+    """Part of every request id in the batch, written down before anything is sent: by it a batch is found again."""
+    model: str
+    calls: tuple[str, ...]
+    batch: str | None = None
+    """The provider's id; None where the process ended before it was written down."""
+
+
+class BatchJournal(Journal, Protocol):
+    """A journal that also remembers batches, so that a restart takes them up again and pays for none twice."""
+
+    async def submitting(self, nonce: str, model: str, calls: Mapping[str, float]) -> None:
+        """Write down that these calls (id → worst-case USD) are about to be sent as one batch; it is their intent as well."""
+        ...
+
+    async def submitted(self, nonce: str, batch: str) -> None:
+        """Write down the provider's id of the batch."""
+        ...
+
+    async def landed(self, nonce: str) -> None:
+        """Write down that nothing more will come of the batch; calls of it without a reply may be asked again."""
+        ...
+
+    async def submissions(self, model: str) -> list[Submission]:
+        """Return the batches of a model that have not landed, in the order in which they were written down."""
+        ...
+
+
 class MemoryJournal:
     """A journal that forgets with the process: for tests, and for single questions."""
 
     def __init__(self) -> None:
         self.intents: dict[str, tuple[str, float]] = {}
         self.replies: dict[str, Reply] = {}
+        self.open: dict[str, Submission] = {}
 
     async def known(self, call: str) -> Reply | None:
         """Return the reply that was written down."""
@@ -170,6 +203,23 @@ class MemoryJournal:
     async def answered(self, call: str, reply: Reply) -> None:
         """Write the reply down."""
         self.replies[call] = reply
+
+    async def submitting(self, nonce: str, model: str, calls: Mapping[str, float]) -> None:
+        """Write the batch and its intents down."""
+        self.intents |= {call: (model, worst_usd) for call, worst_usd in calls.items()}
+        self.open[nonce] = Submission(nonce, model, tuple(calls))
+
+    async def submitted(self, nonce: str, batch: str) -> None:
+        """Write the provider's id down."""
+        self.open[nonce] = replace(self.open[nonce], batch=batch)
+
+    async def landed(self, nonce: str) -> None:
+        """Forget the batch."""
+        self.open.pop(nonce, None)
+
+    async def submissions(self, model: str) -> list[Submission]:
+        """Return the open batches of a model."""
+        return [one for one in self.open.values() if one.model == model]
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
