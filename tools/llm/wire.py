@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx2
 
@@ -22,6 +22,7 @@ from exegete.tools.llm.specs import Spec
 
 TOP_LOGPROBS = (20, 5)
 """Alternatives per token to ask for; servers differ in how many they give."""
+Answer = TypeVar("Answer")
 
 
 class Wire(Protocol):
@@ -107,15 +108,21 @@ class SdkWire:
     async def _once(
         self, request: Request, way: str, alternatives: int, ask: Callable[[Request, str, int], Awaitable[Reply]]
     ) -> Reply:
+        asked = (bool(way) and way != "words", alternatives > 0)
+        return await self._within(self._limits.total_s, lambda: ask(request, way, alternatives), asked)
+
+    async def _within(
+        self, seconds: float, call: Callable[[], Awaitable[Answer]], asked: tuple[bool, bool] = (False, False)
+    ) -> Answer:
+        """Return what a call of the SDK returns in at most so many seconds; what it raises becomes a fault of ours."""
         try:
-            async with asyncio.timeout(self._limits.total_s):
-                return await ask(request, way, alternatives)
+            async with asyncio.timeout(seconds):
+                return await call()
         except TimeoutError:
-            raise Transient(f"no answer within {self._limits.total_s:g} s", sent=True) from None
+            raise Transient(f"no answer within {seconds:g} s", sent=True) from None
         except (Transient, Declined, UserError):
             raise
         except self._sdk.APIStatusError as error:
-            asked = (bool(way) and way != "words", alternatives > 0)
             raise self._status_fault(error, asked) from None
         except self._sdk.APIError as error:
             raise self._broken(error) from None
