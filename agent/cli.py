@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exegete.agent import instrument_cli
-from exegete.tools.errors import ExegeteError
+from exegete.tools.errors import ExegeteError, UserError
 
 if TYPE_CHECKING:
     from exegete.agent.config import RunConfig
@@ -30,6 +30,13 @@ StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the store.
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration, e.g. label.limit=100.")
 ]
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Language model that explains and judges: openai:MODEL, anthropic:MODEL, openai:MODEL@URL, …"),
+]
+BudgetOption = Annotated[float | None, typer.Option(help="What calls to language models may cost in all, in USD.")]
+NoBudgetOption = Annotated[bool | None, typer.Option("--no-budget", help="Spend without a limit.")]
 
 DEMO_STORE = Path("demo-store")
 DEFAULT_STORE = Path("store")
@@ -67,6 +74,9 @@ def label(
     store: Annotated[Path | None, typer.Option("--store", help="Folder of the store.")] = None,
     explainer: Annotated[str | None, typer.Option(help="Who writes the explanations.")] = None,
     judge: Annotated[str | None, typer.Option(help="Who judges them.")] = None,
+    model: ModelOption = None,
+    budget: BudgetOption = None,
+    no_budget: NoBudgetOption = None,
     evaluators: Annotated[str | None, typer.Option(help="Scores to compute, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Label only this many latents, drawn by the seed.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
@@ -79,6 +89,9 @@ def label(
         "store": str(store) if store else None,
         "label.explainer": explainer,
         "label.judge": judge,
+        "models.explainer": model,
+        "models.judge": model,
+        **_money(budget, no_budget),
         "label.evaluators": evaluators.split(",") if evaluators else None,
         "label.limit": limit,
     }
@@ -92,12 +105,15 @@ def label(
 
 
 @app.command()
-def resume(store: StoreOption = DEFAULT_STORE) -> None:
-    """Go on with the newest run of a store, with the configuration it was begun with."""
+def resume(store: StoreOption = DEFAULT_STORE, budget: BudgetOption = None, no_budget: NoBudgetOption = None) -> None:
+    """Go on with the newest run of a store, with the configuration it was begun with; `--budget` is for the whole run."""
     from exegete.agent.config import RunConfig
     from exegete.agent.inspection import newest_config
 
-    _run(RunConfig.model_validate({**newest_config(store), "store": str(store)}))
+    config = newest_config(store)
+    money = {key.removeprefix("models."): value for key, value in _money(budget, no_budget).items()}
+    config["models"] = config.get("models", {}) | money
+    _run(RunConfig.model_validate({**config, "store": str(store)}))
 
 
 @app.command()
@@ -194,9 +210,24 @@ def _run(config: RunConfig) -> None:
     for dictionary, figures in outcome.figures.items():
         _say(f"\n{dictionary}")
         _say("\n".join(headline(figures)))
+    for dictionary, latents in outcome.missing.items():
+        if latents:
+            _say(
+                f"\n{latents:,} latents of {dictionary[:23]}… miss calls that the language model did not answer; "
+                f"ask again: exegete resume --store {outcome.store}"
+            )
     if not outcome.finished:
         raise typer.Exit(130)
     _say(f'\nAsk the results: exegete sql --store {outcome.store} "SELECT * FROM best_explanations LIMIT 10"')
+
+
+def _money(budget: float | None, no_budget: bool | None) -> dict[str, Any]:
+    """Return the options on money as configuration keys: each takes the place of what a file says of the other."""
+    if budget is not None and no_budget:
+        raise UserError(f"--budget {budget} and --no-budget: give one of them")
+    if budget is not None:
+        return {"models.budget_usd": budget, "models.no_budget": False}
+    return {"models.no_budget": True} if no_budget else {}
 
 
 def _report(store: Path, output: Path) -> str:

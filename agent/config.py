@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from exegete.tools.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from exegete.tools.llm import Limits
     from exegete.tools.pass_settings import PassSettings
 
 
@@ -84,11 +85,22 @@ class LabelConfig(Section):
     """How explanations are written and scored."""
 
     explainer: str = "lexical"
-    """Who writes the explanations: `lexical`, `token_list` or `given`."""
+    """Who writes the explanations. Where `models.explainer` names a language model, the default is `combined`, or `one-shot`
+    where there is no subject to run."""
     judge: str = "predicate"
-    """Who judges them: `predicate`."""
+    """Who judges them: `predicate` runs the explanation's predicate, `model` asks the language model `models.judge`, and is the
+    default where that names one."""
     evaluators: tuple[str, ...] = ("detection", "fuzzing")
     """Which scores are computed."""
+    explainer_options: dict[str, Any] = {}
+    """Options of the explainer, for example `windows = 20`."""
+    judge_options: dict[str, Any] = {}
+    """Options of the judge, for example `temperature = 0.0`."""
+    evaluator_options: dict[str, dict[str, Any]] = {}
+    """Options of evaluators by their names, for example `fuzzing = { items_per_class = 10 }`."""
+    stop_at: float | None = Field(default=None, gt=0, lt=1)
+    """Balanced accuracy at which detection and fuzzing stop asking about a latent: as soon as a confidence sequence lies wholly
+    above or below it (PROTOCOLS §13). Every window is asked about where it is left out."""
     limit: int | None = Field(default=None, gt=0)
     """Label only this many latents, drawn by the seed; all where it is left out."""
     concurrency: int = Field(default=64, ge=1)
@@ -101,6 +113,54 @@ class LabelConfig(Section):
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
 
 
+class ModelsConfig(Section):
+    """The language models that explain and judge, and what they may cost. Keys come from the environment, never from here."""
+
+    explainer: str | None = None
+    """Writes the explanations: `openai:MODEL`, `openai:MODEL@URL`, `anthropic:MODEL`, `openai-batch:MODEL`,
+    `anthropic-batch:MODEL` or `hf:PATH`."""
+    judge: str | None = None
+    """Judges them, and answers whatever else evaluators ask."""
+    scorer: str | None = None
+    """Local model for log-probabilities of given text, as surprisal needs them: `hf:PATH`."""
+    embedder: str | None = None
+    """Sentence-transformers model, by name or folder, for the evaluator `embedding` and the explainer `clusters`."""
+    device: str = "cpu"
+    """Torch device of `hf:` models and of the embedder."""
+    budget_usd: float | None = Field(default=None, ge=0)
+    """What the calls of this run may cost, in USD. Models that cost money are not called without one. Does not change the result."""
+    no_budget: bool = False
+    """Spend without a limit, whatever the budget, also on models whose price is unknown. Does not change the result."""
+    prices: str | None = None
+    """Price table (TOML) laid over the one that ships with Exegete. Does not change the result."""
+    concurrency: int = Field(default=256, ge=1)
+    """Calls in flight, at most. Does not change the result."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """At most; the server's own limits are found out anyway. Does not change the result."""
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    """Input and output together, at most. Does not change the result."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds for one attempt at a call."""
+    patience_s: float = Field(default=600.0, gt=0)
+    """Seconds for a call with all its attempts; after that it counts as missing, and `exegete resume` asks again."""
+    attempts: int = Field(default=6, ge=1)
+    """How often a call is sent while the server fails."""
+
+    def limits(self) -> Limits:
+        """Return how a client may call."""
+        from exegete.tools.llm import Limits
+
+        unlimited = float("inf")
+        return Limits(
+            concurrency=self.concurrency,
+            requests_per_minute=self.requests_per_minute or unlimited,
+            tokens_per_minute=self.tokens_per_minute or unlimited,
+            total_s=self.timeout_s,
+            patience_s=self.patience_s,
+            attempts=self.attempts,
+        )
+
+
 class RunConfig(Section):
     """One run. `subject`, `dictionary` and `corpus` may be left out where the store already holds evidence."""
 
@@ -109,10 +169,26 @@ class RunConfig(Section):
     corpus: CorpusConfig | None = None
     evidence: EvidenceConfig = EvidenceConfig()
     label: LabelConfig = LabelConfig()
+    models: ModelsConfig = ModelsConfig()
     seed: int = Field(default=0, ge=0)
     """Every random choice derives from it."""
     store: str = "store"
     """Folder of the store, relative to the working directory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ask_the_models(cls, tree: Any) -> Any:
+        """Have language models that are named explain and judge, where nothing else is said."""
+        models = tree.get("models") if isinstance(tree, dict) else None
+        label = tree.get("label", {}) if isinstance(tree, dict) else None
+        if not isinstance(models, dict) or not isinstance(label, dict):
+            return tree
+        defaults: dict[str, Any] = {}
+        if models.get("explainer"):
+            defaults["explainer"] = "combined" if tree.get("subject") else "one-shot"
+        if models.get("judge"):
+            defaults["judge"] = "model"
+        return {**tree, "label": {**defaults, **label}}
 
 
 def load_config(

@@ -4,7 +4,8 @@
 2. Finished records gather; every `batch` of them, or every five seconds, go to the store in one transaction.
 3. When asked to stop, no latent enters any more; those in flight finish and are written (drain).
 A latent whose graph raises is recorded as `failed` with its error: one bad latent does not end a night's run. Twenty in a
-row do: then it is not the latent.
+row do: then it is not the latent. Where no language model can be asked any more (`Halted`: the budget is used up, the key is
+refused, the disk is full), nothing enters, what can still finish is written, and the run ends.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from exegete.agent.graph import Workbench
+from exegete.agent.models import Halted, tallied
 from exegete.tools.evidence import Evidence
 from exegete.tools.store import LatentRecord
 from exegete.tools.windows import LatentEvidence
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Write = Callable[[Sequence[LatentRecord]], None]
 Stop = Callable[[], bool]
+Work = Callable[[LatentEvidence], Awaitable[LatentRecord]]
 
 
 def evidence_in_ranges(evidence: Evidence, latents: Sequence[int]) -> Iterator[LatentEvidence]:
@@ -44,38 +48,76 @@ async def label_latents(
     """Send every latent of `source` through `graph` and its record to `batch`; return whether all of them were taken.
 
     `stop` is asked before each latent enters.
+
+    Raises:
+        Halted: no language model can be asked any more; what could be finished has been written.
     """
+
+    async def label(own: LatentEvidence) -> LatentRecord:
+        bench.in_flight[own.latent] = own
+        try:
+            return await _label(own, graph, bench)
+        finally:
+            bench.in_flight.pop(own.latent)
+
+    return await work_through(source, label, concurrency, batch, stop)
+
+
+async def work_through(
+    source: Iterable[LatentEvidence], work: Work, concurrency: int, batch: Batch, stop: Stop
+) -> bool:
+    """Have `work` make a record of every latent of `source`, so many at a time; as `label_latents`."""
     pending: set[asyncio.Task[LatentRecord]] = set()
+    halted: Halted | None = None
     complete = True
     for own in source:
-        if stop():
+        if stop() or halted:
             complete = False
             break
-        bench.in_flight[own.latent] = own
-        pending.add(asyncio.create_task(_label(own, graph, bench)))
+        pending.add(asyncio.create_task(_tallied(own, work)))
         if len(pending) >= concurrency:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            batch.add(task.result() for task in done)
-    for task in asyncio.as_completed(pending):
-        batch.add([await task])
+            halted = _take(done, batch) or halted
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        halted = _take(done, batch) or halted
     batch.flush()
+    if halted:
+        raise halted
     return complete
+
+
+def _take(done: Iterable[asyncio.Task[LatentRecord]], batch: Batch) -> Halted | None:
+    """Hand finished records to `batch`; return what halted one of the others."""
+    ended = list(done)
+    errors = [error for error in (task.exception() for task in ended) if error is not None]
+    batch.add(task.result() for task in ended if task.exception() is None)
+    for error in errors:
+        if not isinstance(error, Halted):
+            raise error
+        return error
+    return None
+
+
+async def _tallied(own: LatentEvidence, work: Work) -> LatentRecord:
+    with tallied() as tally:
+        record = await work(own)
+    return replace(record, missing_calls=tally.missing)
 
 
 async def _label(own: LatentEvidence, graph: Any, bench: Workbench) -> LatentRecord:
     if own.status != "live":
-        bench.in_flight.pop(own.latent)
         return LatentRecord(bench.dictionary, own.latent, own.status)
     try:
         result = await graph.ainvoke({"latent": own.latent})
         record: LatentRecord = result["record"]
         return record
+    except Halted:
+        raise
     except Exception as error:
         log.exception("latent %d failed", own.latent)
         detail = f"{type(error).__name__}: {error}"
         return LatentRecord(bench.dictionary, own.latent, "failed", detail=detail)
-    finally:
-        bench.in_flight.pop(own.latent, None)
 
 
 class Batch:

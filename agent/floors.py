@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from exegete.agent.engine import Batch, Stop
+from exegete.agent.engine import Batch, Stop, work_through
 from exegete.agent.graph import Workbench
 from exegete.evaluators.baselines import (
     CONSTANT,
@@ -57,18 +57,16 @@ async def score_all_floors(
     floors: Floors,
     explanations: Mapping[int, Explanation],
     bench: Workbench,
+    concurrency: int,
     batch: Batch,
     stop: Stop,
 ) -> bool:
-    """Score the floors of every latent of `source` and hand them to `batch`; return whether all of them were taken."""
-    complete = True
-    for own in source:
-        if stop():
-            complete = False
-            break
-        batch.add([await score_floors(own, identities[own.latent], floors, explanations, bench)])
-    batch.flush()
-    return complete
+    """Score the floors of every latent of `source` and hand them to `batch`; as `label_latents`."""
+
+    async def score(own: LatentEvidence) -> LatentRecord:
+        return await score_floors(own, identities[own.latent], floors, explanations, bench)
+
+    return await work_through(source, score, concurrency, batch, stop)
 
 
 async def score_floors(

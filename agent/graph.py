@@ -4,8 +4,9 @@
        │                                    ▼
        └──→ score (one branch an evaluator) ──→ record
 
-Each node sees of the evidence only what its purpose may see: `explain` the explain split, `score` all. The state holds the
-latent's number and plain values; evidence and instruments stay outside, in the `Workbench`.
+Each node sees of the evidence only what its purpose may see: `explain` the explain split (an explainer that chooses among
+candidates the refine split as well), `score` all. The state holds the latent's number and plain values; evidence and
+instruments stay outside, in the `Workbench`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from langgraph.types import Send
 
 from exegete.evaluators import Evaluation, Evaluator, Judge
 from exegete.tools.evidence import Purpose, restrict
-from exegete.tools.explainers import Explainer, Explanation
+from exegete.tools.explainers import Explainer, Explanation, NotExplained
 from exegete.tools.seeds import derive_seed
 from exegete.tools.store import LatentRecord, VerdictRecord
 from exegete.tools.windows import LatentEvidence
@@ -53,6 +54,8 @@ class LabelState(TypedDict, total=False):
 
     latent: int
     explanation: Explanation | None
+    why_not: str
+    """Why there is no explanation."""
     evaluator: str
     evaluations: Annotated[list[tuple[str, Evaluation]], operator.add]
     record: LatentRecord
@@ -64,8 +67,12 @@ def label_graph(bench: Workbench) -> Any:
 
     async def explain(state: LabelState) -> LabelState:
         latent = state["latent"]
-        explanation = await bench.explainer.explain(bench.evidence(latent, "explain"), bench.latent_seed(latent))
-        return {"explanation": explanation}
+        evidence = bench.evidence(latent, getattr(bench.explainer, "purpose", "explain"))
+        try:
+            explanation = await bench.explainer.explain(evidence, bench.latent_seed(latent))
+        except NotExplained as failure:
+            return {"explanation": None, "why_not": str(failure)}
+        return {"explanation": explanation, "why_not": "the evidence shows nothing that can be said"}
 
     def route(state: LabelState) -> list[Send] | str:
         if state["explanation"] is None or not by_name:
@@ -97,7 +104,7 @@ def label_graph(bench: Workbench) -> Any:
 def _record(bench: Workbench, state: LabelState) -> LatentRecord:
     explanation, latent = state["explanation"], state["latent"]
     if explanation is None:
-        detail = f"{bench.explainer.name}: the evidence shows nothing that can be said"
+        detail = f"{bench.explainer.name}: {state['why_not']}"
         return LatentRecord(bench.dictionary, latent, "no_explanation", detail=detail)
     identity = explanation.id(bench.dictionary, latent)
     evaluations = sorted(state.get("evaluations", []), key=lambda pair: pair[0])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from exegete.agent.config import RunConfig
-from exegete.evaluators import make_evaluator, make_judge
+from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
-from exegete.tools.explainers import make_explainer
 
 
 def plan(config: RunConfig) -> list[str]:
@@ -17,17 +16,24 @@ def plan(config: RunConfig) -> list[str]:
     Raises:
         UserError: an explainer, judge or evaluator is unknown, or there is nothing to label.
     """
-    make_explainer(config.label.explainer)
-    make_judge(config.label.judge)
-    for name in config.label.evaluators:
-        make_evaluator(name)
+    check_workbench(config)
     return [
         f"store: {config.store}",
         *_source(config),
         f"explainer: {config.label.explainer}; judge: {config.label.judge}; scores: {', '.join(config.label.evaluators)}",
         f"latents: {config.label.limit or 'all'}; floors on {config.label.floors}",
-        "cost: 0 calls, 0.00 USD (no language model takes part)",
+        *_models(config),
     ]
+
+
+def _models(config: RunConfig) -> list[str]:
+    models = config.models
+    named = {"explainer": models.explainer, "judge": models.judge, "scorer": models.scorer}
+    asked = [f"{role} {spec}" for role, spec in named.items() if spec]
+    if not asked:
+        return ["cost: 0 calls, 0.00 USD (no language model takes part)"]
+    budget = "none" if models.budget_usd is None else f"{models.budget_usd:.2f} USD"
+    return [f"language models: {', '.join(asked)}; budget: {budget}"]
 
 
 def _source(config: RunConfig) -> list[str]:

@@ -1,13 +1,16 @@
 """A labeling run, from its configuration to a published store. Read from the top:
 
-1. gather   subject, dictionary, corpus → activation pass → evidence        (`gathering`)
-2. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
-3. floors   other explanations on the same windows, for a random subset     (`floors`)
-4. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
-5. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
+1. check    names, options, keys, prices: what can be wrong is said first   (`workbench`, `models`)
+2. gather   subject, dictionary, corpus → activation pass → evidence        (`gathering`)
+3. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
+4. floors   other explanations on the same windows, for a random subset     (`floors`)
+5. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
+6. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
 
 Each stage asks the store what is done already, so the same call after a crash goes on where the last one ended, and ends in
-the same tables. A first interrupt (Ctrl-C) drains: what is in flight is finished and written; a second one stops at once.
+the same tables; calls to language models that were answered are in its journal and are not paid for again, and latents about
+which calls failed for good are taken up anew. A first interrupt (Ctrl-C) drains: what is in flight is finished and written; a
+second one stops at once.
 """
 
 from __future__ import annotations
@@ -15,29 +18,31 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exegete.agent.config import RunConfig
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
-from exegete.agent.gathering import Interrupted, gather_evidence, load_inputs
+from exegete.agent.gathering import Inputs, Interrupted, gather_evidence, load_inputs
 from exegete.agent.graph import Workbench, label_graph
+from exegete.agent.models import Models, budget_of
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
-from exegete.evaluators import make_evaluator, make_judge
+from exegete.agent.workbench import check_workbench, open_workbench
 from exegete.evaluators.typing import Scored, input_types
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
-from exegete.tools.explainers import make_explainer
-from exegete.tools.explainers.contract import Explainer
 from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord, Store, Writer
 from exegete.tools.store.results import RunResults
+
+if TYPE_CHECKING:
+    from exegete.tools.llm import Budget
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Outcome:
     """False where it was asked to stop; the same call goes on."""
     figures: dict[str, Any]
     """Dictionary → its summary (see `exegete.agent.summary`)."""
+    missing: Mapping[str, int] = field(default_factory=dict)
+    """Dictionary → latents about which calls to a language model failed for good; the same call asks them again."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
@@ -61,57 +68,91 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
     folder = Path(config.store)
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.
-    _require_known_names(config)
+    check_workbench(config)
     inputs = load_inputs(config, progress)
     store = Store.create_or_open(folder)
-    figures: dict[str, Any] = {}
     with store.writer() as writer, _stop_on_interrupt(progress) as stop:
+        here = _Run(config, inputs, writer, progress, stop, budget_of(config.models))
+        figures: dict[str, Any] = {}
+        missing: dict[str, int] = {}
         try:
             for evidence in gather_evidence(config, inputs, store, writer, progress, stop):
-                figures[evidence.dictionary] = _label_dictionary(config, evidence, writer, progress, stop)
+                found = asyncio.run(_label_dictionary(here, evidence))
+                figures[evidence.dictionary], missing[evidence.dictionary] = found
         except Interrupted:
             progress.say("stopped; what is finished is kept, and the same command goes on from here")
             writer.publish()
-            return Outcome(store.folder, False, figures)
+            return Outcome(store.folder, False, figures, missing)
         except BaseException:
             with suppress(UserError):  # Where publishing fails as well, what failed first is what there is to say.
                 writer.publish()
             raise
         writer.publish()
-    return Outcome(store.folder, True, figures)
+    return Outcome(store.folder, True, figures, missing)
 
 
-def _label_dictionary(
-    config: RunConfig, evidence: Evidence, writer: Writer, progress: Progress, stop: Stop
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Run:
+    """What every stage needs."""
+
+    config: RunConfig
+    inputs: Inputs | None
+    writer: Writer
+    progress: Progress
+    stop: Stop
+    budget: Budget | None
+
+
+async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, Any], int]:
+    """Label one dictionary; return its summary, and about how many latents calls are missing."""
+    config, writer = here.config, here.writer
     run_id = writer.begin_run(
-        config=identity(config), seed=config.seed, code_version=_code_version(), dictionary=evidence.dictionary
+        config=identity(config),
+        settings=config.model_dump(mode="json", exclude={"store"}),
+        seed=config.seed,
+        code_version=_code_version(),
+        dictionary=evidence.dictionary,
     )
+    writer.forget_incomplete(run_id, evidence.dictionary)
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
+    if here.budget is not None:
+        here.budget.spent_usd += writer.journal.spent_usd(run_id)
     latents = _chosen(config, evidence)
-    bench = _workbench(config, evidence, latents)
+    models = Models(config.models, lambda: writer.journal.of_run(run_id), here.budget)
     try:
-        _label(config, evidence, latents, bench, run_id, writer, progress, stop)
-        _floors(config, evidence, bench, run_id, writer, progress, stop)
+        bench = open_workbench(config, here.inputs, evidence, latents, models)
+        await _label(here, evidence, latents, bench, run_id)
+        await _floors(here, evidence, bench, run_id)
     except BaseException:
         with suppress(UserError):  # As above; a run that is still marked as running is resumed all the same.
             writer.finish_run(run_id, "interrupted")
         raise
+    finally:
+        await models.close()
     results = writer.results(run_id, evidence.dictionary)
+    headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     statuses = evidence.statuses
     silent = {latent: str(statuses[latent]) for latent in latents if statuses[latent] != "live"}
-    writer.set_types(run_id, evidence.dictionary, silent | _types(results))
-    figures = summarise(results, generator(config.seed, "summary", evidence.dictionary))
+    writer.set_types(run_id, evidence.dictionary, silent | _types(results, headlines))
+    figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary))
     writer.finish_run(run_id, "finished", figures)
-    return figures
+    return figures, results.incomplete()
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return what the results depend on: the configuration without store, concurrency, slices, batches and publishing."""
-    return config.model_dump(
-        mode="json",
-        exclude={"store": True, "label": {"concurrency", "batch", "publish_seconds"}, "evidence": {"slices", "batch"}},
-    )
+    """Return what the results depend on: the configuration without store, concurrency, slices, batches, publishing and money."""
+    return config.model_dump(mode="json", exclude=_NOT_IDENTITY)
+
+
+_NOT_IDENTITY: Any = {
+    "store": True,
+    "label": {"concurrency", "batch", "publish_seconds"},
+    "evidence": {"slices", "batch"},
+    "models": {
+        *("budget_usd", "no_budget", "prices", "concurrency", "requests_per_minute", "tokens_per_minute"),
+        *("timeout_s", "patience_s", "attempts"),
+    },
+}
 
 
 def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
@@ -123,89 +164,44 @@ def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
     return sorted(latents[i] for i in drawn)
 
 
-def _workbench(config: RunConfig, evidence: Evidence, latents: Sequence[int]) -> Workbench:
-    return Workbench(
-        dictionary=evidence.dictionary,
-        explainer=_explainer(config, evidence, latents),
-        judge=make_judge(config.label.judge),
-        evaluators=[make_evaluator(name) for name in config.label.evaluators],
-        seed=config.seed,
-    )
-
-
-def _require_known_names(config: RunConfig) -> None:
-    """Raise UserError where nothing has the name of the explainer, the judge or an evaluator: after hours it is too late."""
-    make_judge(config.label.judge)
-    for name in config.label.evaluators:
-        make_evaluator(name)
-    if config.label.explainer != "lexical":  # It is made once there is evidence.
-        make_explainer(config.label.explainer)
-
-
-def _explainer(config: RunConfig, evidence: Evidence, latents: Sequence[int]) -> Explainer:
-    if config.label.explainer != "lexical":
-        return make_explainer(config.label.explainer)
-    from exegete.tools.explainers.background import background
-
-    drawn = generator(config.seed, "background", evidence.dictionary).permutation(len(latents))[:BACKGROUND_LATENTS]
-    others = evidence.read([latents[i] for i in drawn], "explain")
-    return make_explainer("lexical", background=background(others))
-
-
-BACKGROUND_LATENTS = 256
-"""Latents whose explain windows tell the lexical explainer what text is like apart from the latent it explains."""
-
-
-def _label(
-    config: RunConfig,
-    evidence: Evidence,
-    latents: Sequence[int],
-    bench: Workbench,
-    run_id: str,
-    writer: Writer,
-    progress: Progress,
-    stop: Stop,
-) -> None:
+async def _label(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
+    writer, label = here.writer, here.config.label
     done = set(writer.labeled(run_id, evidence.dictionary).tolist())
     missing = [latent for latent in latents if latent not in done]
-    with progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
-        write = _publishing(config, writer, lambda records: writer.record(run_id, records), advance)
-        batch = Batch(write, config.label.batch)
+    with here.progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
+        write = _publishing(here, lambda records: writer.record(run_id, records), advance)
+        batch = Batch(write, label.batch)
         source = evidence_in_ranges(evidence, missing)
-        complete = asyncio.run(label_latents(source, label_graph(bench), bench, config.label.concurrency, batch, stop))
+        complete = await label_latents(source, label_graph(bench), bench, label.concurrency, batch, here.stop)
     if not complete:
         raise Interrupted
 
 
-def _floors(
-    config: RunConfig,
-    evidence: Evidence,
-    bench: Workbench,
-    run_id: str,
-    writer: Writer,
-    progress: Progress,
-    stop: Stop,
-) -> None:
+async def _floors(here: _Run, evidence: Evidence, bench: Workbench, run_id: str) -> None:
+    writer, label = here.writer, here.config.label
     results = writer.results(run_id, evidence.dictionary)
     explained = results.explained()
-    seed = floors_seed(config.seed, evidence.dictionary)
-    floors = plan_floors(evidence, list(explained), config.label.floors, seed)
+    floors = plan_floors(evidence, list(explained), label.floors, floors_seed(here.config.seed, evidence.dictionary))
     done = set(writer.labeled(run_id, evidence.dictionary, floors=True).tolist())
     explanations = results.explanations([explained[latent] for latent in sorted(floors.lenders)])
     missing = [latent for latent in floors.subset if latent not in done]
-    with progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
-        write = _publishing(config, writer, lambda records: writer.record(run_id, records, floors=True), advance)
-        batch = Batch(write, config.label.batch)
+    with here.progress.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
+        write = _publishing(here, lambda records: writer.record(run_id, records, floors=True), advance)
+        batch = Batch(write, label.batch)
         source = evidence_in_ranges(evidence, missing)
-        complete = asyncio.run(score_all_floors(source, explained, floors, explanations, bench, batch, stop))
+        complete = await score_all_floors(
+            source, explained, floors, explanations, bench, label.concurrency, batch, here.stop
+        )
     if not complete:
         raise Interrupted
 
 
-def _types(results: RunResults) -> dict[int, str]:
+def _types(results: RunResults, headlines: Mapping[str, str]) -> dict[int, str]:
     scores: dict[str, list[Scored]] = {}
     floors: dict[str, list[float]] = {}
-    for latent, evaluator, baseline, value, low in results.balanced_accuracies():
+    for latent, evaluator, baseline, value, low in results.headlines(headlines):
+        if low is None:
+            continue
         if baseline is None:
             scores.setdefault(evaluator, []).append(Scored(latent, value, low))
         elif baseline == "shuffled":
@@ -213,7 +209,7 @@ def _types(results: RunResults) -> dict[int, str]:
     return input_types(scores, floors)
 
 
-def _publishing(config: RunConfig, writer: Writer, record: Write, advance: Callable[[int], None]) -> Write:
+def _publishing(here: _Run, record: Write, advance: Callable[[int], None]) -> Write:
     """Return a function that writes records, advances the progress, and republishes every `label.publish_seconds`."""
     published_at = time.monotonic()
 
@@ -221,8 +217,8 @@ def _publishing(config: RunConfig, writer: Writer, record: Write, advance: Calla
         nonlocal published_at
         record(records)
         advance(len(records))
-        if time.monotonic() - published_at > config.label.publish_seconds:
-            writer.publish()
+        if time.monotonic() - published_at > here.config.label.publish_seconds:
+            here.writer.publish()
             published_at = time.monotonic()
 
     return write

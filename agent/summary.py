@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,28 +13,32 @@ from exegete.evaluators.statistics import Interval, mean_interval, paired_interv
 from exegete.tools.store.results import RunResults
 
 
-def summarise(results: RunResults, rng: np.random.Generator) -> dict[str, Any]:
+def summarise(results: RunResults, headlines: Mapping[str, str], rng: np.random.Generator) -> dict[str, Any]:
     """Return the figures of one dictionary's run.
 
-    `outcomes`: status → latents; `types`: type → latents; per evaluator the mean balanced accuracy over latents with its
-    interval and n, and per floor the mean and the paired difference over the latents that have both.
+    `outcomes`: status → latents; `types`: type → latents; per evaluator the mean over latents of its headline metric
+    (`headlines`: evaluator → metric) with interval and n, and per floor the mean and the paired difference over the latents that have both.
     """
     own: dict[str, dict[int, float]] = {}
     floors: dict[tuple[str, str], dict[int, float]] = {}
-    for latent, evaluator, baseline, value, _ in results.balanced_accuracies():
+    for latent, evaluator, baseline, value, _ in results.headlines(headlines):
         if baseline is None:
             own.setdefault(evaluator, {})[latent] = value
         else:
             floors.setdefault((evaluator, baseline), {})[latent] = value
-    evaluators = {name: _evaluator(name, scores, floors, rng) for name, scores in sorted(own.items())}
+    evaluators = {name: _evaluator(name, headlines[name], scores, floors, rng) for name, scores in sorted(own.items())}
     return {"outcomes": results.counts("status"), "types": results.counts("typed"), "evaluators": evaluators}
 
 
 def _evaluator(
-    name: str, scores: dict[int, float], floors: dict[tuple[str, str], dict[int, float]], rng: np.random.Generator
+    name: str,
+    metric: str,
+    scores: dict[int, float],
+    floors: dict[tuple[str, str], dict[int, float]],
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
     values = np.array(list(scores.values()), dtype=np.float64)
-    figures: dict[str, Any] = {"balanced_accuracy": _figure(mean_interval(values, rng), len(values)), "floors": {}}
+    figures: dict[str, Any] = {"metric": metric, metric: _figure(mean_interval(values, rng), len(values)), "floors": {}}
     for baseline in BASELINES:
         floor = floors.get((name, baseline), {})
         shared = sorted(floor.keys() & scores.keys())
@@ -42,7 +47,7 @@ def _evaluator(
         here = np.array([scores[latent] for latent in shared])
         there = np.array([floor[latent] for latent in shared])
         figures["floors"][baseline] = {
-            "balanced_accuracy": _figure(mean_interval(there, rng), len(shared)),
+            metric: _figure(mean_interval(there, rng), len(shared)),
             "above": _figure(paired_interval(here, there, rng), len(shared)),
         }
     return figures
@@ -56,9 +61,10 @@ def headline(figures: dict[str, Any]) -> list[str]:
     """Return the figures of `summarise` as lines for a terminal."""
     lines = [_counts("latents", figures["outcomes"]), _counts("types", figures["types"])]
     for name, evaluator in figures["evaluators"].items():
-        lines.append(f"{name}: mean balanced accuracy {_text(evaluator['balanced_accuracy'])}")
+        metric = evaluator.get("metric", "balanced_accuracy")  # Runs of older versions had no other.
+        lines.append(f"{name}: mean {metric.replace('_', ' ')} {_text(evaluator[metric])}")
         for baseline, floor in evaluator["floors"].items():
-            lines.append(f"  {baseline:<10} {_text(floor['balanced_accuracy'])}; above it by {_text(floor['above'])}")
+            lines.append(f"  {baseline:<10} {_text(floor[metric])}; above it by {_text(floor['above'])}")
     return lines
 
 

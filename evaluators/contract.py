@@ -88,6 +88,11 @@ class Evaluator(Protocol):
 
     name: str
 
+    @property
+    def headline(self) -> str:
+        """The metric that stands for the others where one figure is shown."""
+        ...
+
     async def evaluate(self, explanation: Explanation, evidence: LatentEvidence, judge: Judge, seed: int) -> Evaluation:
         """Return scores with intervals and the verdicts behind them; `seed` is the latent's own."""
         ...

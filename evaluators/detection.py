@@ -22,6 +22,7 @@ class Detection:
     """Balanced accuracy, F1, AUROC and AUPRC of saying which unmarked windows fire."""
 
     name = "detection"
+    headline = "balanced_accuracy"
 
     def __init__(
         self,

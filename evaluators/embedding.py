@@ -30,6 +30,7 @@ class Embedding:
     """AUROC of the cosine between the embedded explanation and the embedded windows."""
 
     name = "embedding"
+    headline = "auroc"
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Fuzzing:
     """Balanced accuracy, F1, AUROC and AUPRC of telling true marks from false ones."""
 
     name = "fuzzing"
+    headline = "balanced_accuracy"
 
     def __init__(
         self,

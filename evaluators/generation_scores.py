@@ -56,6 +56,7 @@ class GenerationScores:
     """Clarity, responsiveness, purity and faithfulness: what a language model writes and rates under the explanation."""
 
     name = "generation"
+    headline = "clarity"
 
     def __init__(
         self,

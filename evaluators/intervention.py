@@ -111,6 +111,11 @@ class Intervention:
         return Evaluation(tuple(scores), ())
 
     @property
+    def headline(self) -> str:
+        """The same as `metric`."""
+        return self.metric
+
+    @property
     def metric(self) -> str:
         """What is measured: "accuracy" or "information"."""
         return "accuracy" if self.scorer is None else "information"

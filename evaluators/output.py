@@ -41,6 +41,7 @@ class Output:
     """Accuracy of telling, by the explanation, the tokens that a latent promotes from those of other latents."""
 
     name = "output"
+    headline = "accuracy"
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class Simulation:
     """Pearson correlation of true activations with those that a language model predicts from the explanation."""
 
     name = "simulation"
+    headline = "ev_correlation"
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class Surprisal:
     """AUROC of how much more probable the explanation makes a window than a neutral description does."""
 
     name = "surprisal"
+    headline = "auroc"
 
     def __init__(
         self,

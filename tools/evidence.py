@@ -119,6 +119,17 @@ class Evidence:
         rows = self._query("SELECT latent, status FROM latents ORDER BY latent").fetchall()
         return dict(rows)
 
+    def densities(self) -> NDArray[np.float64]:
+        """Return the share of tokens on which each latent fires, shape (latent,).
+
+        Raises:
+            UserError: the evidence was imported and does not know it.
+        """
+        rows = self._query("SELECT latent, density FROM latents ORDER BY latent").fetchall()
+        if [latent for latent, _ in rows] != list(range(len(rows))) or any(density is None for _, density in rows):
+            raise UserError(f"{str(self.folder)!r} does not know how often every latent fires; run the pass itself")
+        return np.array([density for _, density in rows], dtype=np.float64)
+
     @cached_property
     def pieces(self) -> NDArray[np.object_]:
         """The text of each token, shape (vocabulary,), dtype object."""

@@ -140,9 +140,9 @@ def _label(store: Store, toy: Toy, writer: Writer) -> None:
         writer.record(run, [_floor_record(toy, own) for own in live[:5]], floors=True)
     writer.set_types(run, toy.dictionary, {own.latent: "input" if own.latent % 2 else "unexplained" for own in live})
     if toy.finish:
-        writer.finish_run(
-            run, "finished", summarise(writer.results(run, toy.dictionary), np.random.default_rng(toy.seed))
-        )
+        headlines = dict.fromkeys(("detection", "fuzzing"), "balanced_accuracy")
+        figures = summarise(writer.results(run, toy.dictionary), headlines, np.random.default_rng(toy.seed))
+        writer.finish_run(run, "finished", figures)
 
 
 def _explanation(latent: int) -> Explanation:

@@ -97,6 +97,8 @@ class LatentRecord:
     verdicts: Sequence[VerdictRecord] = ()
     detail: str | None = None
     """Why it failed, or why there is no explanation; None otherwise."""
+    missing_calls: int = 0
+    """Calls to language models that failed for good: a resumed run asks them again (`Writer.forget_incomplete`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from exegete.tools.explainers import Explanation
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import duckdb
 
 
-class BalancedAccuracy(NamedTuple):
-    """One latent's balanced accuracy on one evaluator, its own or a floor's."""
+class Headline(NamedTuple):
+    """One latent's figure on one evaluator, its own or a floor's."""
 
     latent: int
     evaluator: str
     baseline: str | None
     value: float
-    low: float
+    low: float | None
 
 
 class RunResults:
@@ -50,13 +50,25 @@ class RunResults:
             for latent, text, predicate, explainer, model, prompt, parameters, parent in found
         }
 
-    def balanced_accuracies(self) -> list[BalancedAccuracy]:
-        """Return every balanced accuracy that has a value, own and floors, in a fixed order."""
+    def headlines(self, metrics: Mapping[str, str]) -> list[Headline]:
+        """Return for each evaluator of `metrics` (evaluator → metric) every figure that has a value, own and floors, in a fixed order."""
         query = (
-            "SELECT latent, evaluator, baseline, value, low FROM data.scores WHERE run = ? AND dictionary = ?"
-            " AND metric = 'balanced_accuracy' AND value IS NOT NULL ORDER BY latent, evaluator, baseline NULLS FIRST"
+            "SELECT latent, evaluator, baseline, value, low FROM data.scores"
+            " JOIN (SELECT unnest(?::VARCHAR[]) AS evaluator, unnest(?::VARCHAR[]) AS metric) USING (evaluator, metric)"
+            " WHERE run = ? AND dictionary = ? AND value IS NOT NULL ORDER BY latent, evaluator, baseline NULLS FIRST"
         )
-        return [BalancedAccuracy(*row) for row in self._connection.execute(query, self._key).fetchall()]
+        chosen = [list(metrics), list(metrics.values()), *self._key]
+        return [Headline(*row) for row in self._connection.execute(query, chosen).fetchall()]
+
+    def incomplete(self) -> int:
+        """Return about how many latents calls to a language model failed for good."""
+        query = (
+            "SELECT count(DISTINCT latent) FROM (SELECT run, dictionary, latent, missing_calls FROM data.results UNION ALL"
+            " SELECT run, dictionary, latent, missing_calls FROM data.floors)"
+            " WHERE run = ? AND dictionary = ? AND missing_calls > 0"
+        )
+        found = self._connection.execute(query, self._key).fetchone()
+        return int(found[0]) if found else 0
 
     def counts(self, column: str) -> dict[str, int]:
         """Return how many latents have each value of `status` (outcomes) or `typed` (types)."""

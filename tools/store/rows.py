@@ -17,6 +17,7 @@ RESULTS = pa.schema(
         ("latent", pa.int32()),
         ("status", pa.string()),
         ("detail", pa.string()),
+        ("missing_calls", pa.int32()),
     ]
 )
 EXPLANATIONS = pa.schema(
@@ -73,12 +74,12 @@ VERDICTS = pa.schema(
 
 def results(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     """One row a record."""
-    return _table(RESULTS, [(run, r.dictionary, r.latent, r.status, r.detail) for r in records])
+    return _table(RESULTS, [(run, r.dictionary, r.latent, r.status, r.detail, r.missing_calls) for r in records])
 
 
 def floors(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     """One row a latent whose floors the record holds."""
-    return results(run, records).select(["run", "dictionary", "latent"])
+    return results(run, records).select(["run", "dictionary", "latent", "missing_calls"])
 
 
 def explanations(records: Sequence[LatentRecord]) -> pa.Table:

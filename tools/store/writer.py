@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
 from exegete.tools.store import publishing, rows
-from exegete.tools.store.parts import write_part
+from exegete.tools.store.parts import SUPERSEDED, superseded_parts, write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
 from exegete.tools.store.schema import utc_now
@@ -61,17 +61,26 @@ class Writer:
             for dictionary, name, latents, subject, hook_point, provenance in found
         ]
 
-    def begin_run(self, *, config: Mapping[str, Any], seed: int, code_version: str, dictionary: str) -> str:
+    def begin_run(
+        self,
+        *,
+        config: Mapping[str, Any],
+        seed: int,
+        code_version: str,
+        dictionary: str,
+        settings: Mapping[str, Any] | None = None,
+    ) -> str:
         """Begin, or take up again, the run of this configuration; return its id.
 
-        The id is a digest of configuration, seed and dictionary, so that the same call finds the same run.
+        The id is a digest of configuration, seed and dictionary, so that the same call finds the same run. `settings`, the
+        configuration with what does not change the result (budget, concurrency, …), is stored in its place, the newest one.
         """
         run = digest(_json(config), str(seed), dictionary)
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO data.runs VALUES (?, ?, ?, ?, ?, 'running', NULL, ?, NULL)"
-                " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL",
-                [run, dictionary, _json(config), seed, code_version, utc_now()],
+                " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL, config = excluded.config",
+                [run, dictionary, _json(config if settings is None else settings), seed, code_version, utc_now()],
             )
         return run
 
@@ -120,6 +129,41 @@ class Writer:
         """Return the latents that `run` has recorded, whatever their outcome (or whose floors it has), ascending."""
         with self._lock:
             return np.array(sorted(self._recorded_latents(run, dictionary, floors)), dtype=np.int64)
+
+    def forget_incomplete(self, run: str, dictionary: str) -> int:
+        """Remove what was recorded of latents about which calls are missing; return how many there were.
+
+        They count as not recorded then. Where there are any, all floors go as well: a latent that gets its explanation later
+        changes whose explanations are borrowed. What was answered is in the journal and not paid for again.
+        """
+        with self._lock:
+            labeled = self._incomplete("results", run, dictionary)
+            floored = self._incomplete("floors", run, dictionary)
+            if not labeled and not floored:
+                return 0
+            if labeled:
+                floored = sorted(self._recorded_latents(run, dictionary, floors=True))
+            chosen = [run, dictionary, labeled, floored]
+            replaced = superseded_parts(self._connection, self._folder / "verdicts", chosen)
+            with self._transaction() as connection:
+                for table, latents in (("results", labeled), ("floors", floored)):
+                    query = f"DELETE FROM data.{table} WHERE run = ? AND dictionary = ? AND latent IN (SELECT unnest(?::INTEGER[]))"
+                    connection.execute(query, [run, dictionary, latents])
+                connection.execute(f"DELETE FROM data.scores WHERE {SUPERSEDED}", chosen)
+                for part, remaining in replaced.items():
+                    connection.execute("DELETE FROM data.verdict_parts WHERE part = ?", [part])
+                    if remaining is not None:
+                        connection.execute(
+                            "INSERT INTO data.verdict_parts VALUES (?, ?) ON CONFLICT DO NOTHING", remaining
+                        )
+            self._recorded.clear()
+            return len(set(labeled) | set(floored))
+
+    def _incomplete(self, table: str, run: str, dictionary: str) -> list[int]:
+        query = (
+            f"SELECT latent FROM data.{table} WHERE run = ? AND dictionary = ? AND missing_calls > 0 ORDER BY latent"
+        )
+        return [latent for (latent,) in self._connection.execute(query, [run, dictionary]).fetchall()]
 
     def results(self, run: str, dictionary: str) -> RunResults:
         """Return what `run` has found out about `dictionary` so far, for reading back."""

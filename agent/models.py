@@ -1,0 +1,160 @@
+"""The language models of a run: which are asked, what they may cost, and which calls never got an answer.
+
+1. `check_models` says what is wrong with specs, keys and prices before anything is loaded or paid for.
+2. `Models` opens each model once, however many instruments ask it, so that all share its pace; the journal and the budget
+   are the run's.
+3. What can never be answered (`Halted`) ends the run: no key, no such model, the budget used up, a full disk. A call that
+   failed for good is a reply with a status; `tallied` counts those of one latent, which a resumed run asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exegete.agent.config import ModelsConfig
+from exegete.tools.errors import UserError
+
+if TYPE_CHECKING:
+    from exegete.tools.embedders import Embedder
+    from exegete.tools.llm import BatchJournal, Budget, Client, Prices, PromptScorer, Reply, Request
+
+
+class Halted(UserError):
+    """No call can succeed any more until the user has mended something; what is recorded stays."""
+
+
+@dataclass
+class Tally:
+    """What became of the calls about one latent."""
+
+    missing: int = 0
+    """Calls that failed for good at the provider, and may be asked again."""
+
+
+_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+@contextmanager
+def tallied() -> Iterator[Tally]:
+    """Count the calls made in this context, and in the tasks that it starts."""
+    tally = Tally()
+    token = _tally.set(tally)
+    try:
+        yield tally
+    finally:
+        _tally.reset(token)
+
+
+def check_models(config: ModelsConfig) -> None:
+    """Look whether every model that is named could be asked. Nothing is sent and nothing is loaded.
+
+    Raises:
+        UserError: a provider is unknown, a key is missing (its variable is named), the price of a model is unknown, it may
+            cost money and no budget was given, or a scorer is no local model.
+    """
+    from exegete.tools.llm import parse_spec
+    from exegete.tools.llm.opening import price_for
+
+    budget, prices = budget_of(config), _prices(config)
+    for text in filter(None, dict.fromkeys((config.explainer, config.judge))):
+        spec = parse_spec(text)
+        if spec.provider != "hf":
+            spec.key()
+        price = price_for(spec, budget, prices)
+        if budget is None and not config.no_budget and not (price is not None and price.input == price.output == 0):
+            raise UserError(f"{spec.name}: its calls may cost money; say how much, --budget USD, or give --no-budget")
+    if config.scorer is not None and parse_spec(config.scorer).provider != "hf":
+        raise UserError(
+            f"models.scorer = {config.scorer!r}: gives no log-probabilities of given text; expected a local model, hf:PATH"
+        )
+
+
+def budget_of(config: ModelsConfig) -> Budget | None:
+    """Return the budget that a configuration sets, with nothing spent; None where there is none."""
+    from exegete.tools.llm import Budget
+
+    return None if config.no_budget or config.budget_usd is None else Budget(config.budget_usd)
+
+
+class Models:
+    """Clients, scorer and embedder of a run, each opened when it is first asked for."""
+
+    def __init__(self, config: ModelsConfig, journal: Callable[[], BatchJournal], budget: Budget | None) -> None:
+        """Write calls to what `journal` opens and pay from `budget` (None: without a limit)."""
+        self._config = config
+        self._journal = journal
+        self._budget = budget
+        self._clients: dict[str, _Watched] = {}
+        self._scorer: PromptScorer | None = None
+        self._embedders: dict[str, Embedder] = {}
+
+    def client(self, spec: str) -> Client:
+        """Return the client of a model. Raises UserError as `exegete.tools.llm.open_client`."""
+        from exegete.tools.llm import open_client
+
+        if spec not in self._clients:
+            self._clients[spec] = _Watched(
+                open_client(
+                    spec,
+                    journal=self._journal(),
+                    budget=self._budget,
+                    prices=_prices(self._config),
+                    limits=self._config.limits(),
+                    device=self._config.device,
+                )
+            )
+        return self._clients[spec]
+
+    def scorer(self) -> PromptScorer:
+        """Return the local model that gives log-probabilities. Raises UserError where it cannot be loaded."""
+        from exegete.tools.llm import open_scorer
+
+        if self._scorer is None:
+            self._scorer = open_scorer(self._config.scorer or "", device=self._config.device)
+        return self._scorer
+
+    def embedder(self, name: str | None = None) -> Embedder:
+        """Return the embedding model `name`, or the run's. Raises UserError where it cannot be loaded."""
+        from exegete.tools.embedders import SentenceEmbedder
+
+        wanted = name or self._config.embedder or ""
+        if wanted not in self._embedders:
+            self._embedders[wanted] = SentenceEmbedder(wanted, device=self._config.device)
+        return self._embedders[wanted]
+
+    async def close(self) -> None:
+        """Let calls in flight land, and give connections back."""
+        for client in self._clients.values():
+            await client.close()
+
+
+class _Watched:
+    """A client whose lost calls are counted for the latent they are about."""
+
+    def __init__(self, client: Client) -> None:
+        self.name = client.name
+        self._client = client
+
+    async def complete(self, request: Request) -> Reply:
+        try:
+            reply = await self._client.complete(request)
+        except UserError as error:
+            raise Halted(str(error)) from error
+        tally = _tally.get()
+        if tally is not None and reply.status in ("error", "unknown"):
+            tally.missing += 1
+        return reply
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def _prices(config: ModelsConfig) -> Prices:
+    from exegete.tools.llm import load_prices
+
+    return load_prices(Path(config.prices) if config.prices else None)
