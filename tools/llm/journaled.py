@@ -27,9 +27,10 @@ from exegete.tools.llm.pacing import Limits, Pacer, Slot
 from exegete.tools.llm.prices import Price, most_input_tokens
 from exegete.tools.llm.retrying import persist
 from exegete.tools.llm.structured import repair_request, schema_value, validated
-from exegete.tools.llm.wire import Wire
+from exegete.tools.llm.wire import Abilities, Wire
 
-_UNANSWERED = ("error", "unknown")
+UNANSWERED = ("error", "unknown")
+"""Statuses of calls that may be asked again."""
 _TOKENS_PER_BYTE = 0.3
 """Of English text, roughly; for token limits only, corrected by the usage."""
 
@@ -53,6 +54,11 @@ class JournaledClient:
         self._stop: UserError | None = None
         self._closing = False
 
+    @property
+    def abilities(self) -> Abilities | None:
+        """What the server has turned out to have so far; None for a local model."""
+        return getattr(self._wire, "abilities", None)
+
     async def complete(self, request: Request) -> Reply:
         """Return the reply; failures have a status.
 
@@ -61,12 +67,12 @@ class JournaledClient:
             ValueError: the messages are no conversation (none, a system message late, or not the user's at the end), or the
                 schema is none.
         """
-        _check(request)
+        check_request(request)
         first = await self._once(request)
         if first.status != "unparsed":
             return first
         second = await self._once(repair_request(request, first))
-        return _together(first, second)
+        return together(first, second)
 
     async def close(self) -> None:
         """Let calls in flight land without sending them again, drop those that wait, and give connections back."""
@@ -101,8 +107,8 @@ class JournaledClient:
 
     async def _settle(self, call: str, request: Request) -> Reply:
         known = await self._journal.known(call)
-        if known is not None and known.status not in _UNANSWERED:
-            return _again_validated(replace(known, cached=True), request.schema)
+        if known is not None and known.status not in UNANSWERED:
+            return again_validated(replace(known, cached=True), request.schema)
         begun = time.perf_counter()
         sending = _Call(call, request, 0.0 if self.price is None else self.price.worst_usd(request))
         try:
@@ -199,7 +205,8 @@ class _Call:
         self.intended = False
 
 
-def _check(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raise ValueError where the messages are no conversation, a limit is none, or the schema is none."""
     roles = [message.role for message in request.messages]
     if not roles or roles[-1] != "user" or "system" in roles[roles.index("user") :]:
         raise ValueError(f"messages by {roles}: expected system messages first and the user's last")
@@ -209,14 +216,15 @@ def _check(request: Request) -> None:
         schema_value(request.schema)
 
 
-def _again_validated(reply: Reply, schema: str | None) -> Reply:
-    # A journal may keep the text alone.
+def again_validated(reply: Reply, schema: str | None) -> Reply:
+    """Return a reply from the journal, which may keep the text alone, with its JSON value."""
     if schema is None or reply.parsed is not None or reply.status not in ("ok", "unparsed"):
         return reply
     return validated(replace(reply, status="ok", detail=""), schema)
 
 
-def _together(first: Reply, second: Reply) -> Reply:
+def together(first: Reply, second: Reply) -> Reply:
+    """Return a reply that did not fit and its repair as one."""
     # What was paid this time: a part from the journal was paid before, unless all of it comes from there.
     paid = [reply for reply in (first, second) if not reply.cached] or [first, second]
     # A repair that fails otherwise leaves the answer as unparsed as it was; why stands in the detail.
