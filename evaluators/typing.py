@@ -1,58 +1,108 @@
 """Typing and abstention: which latents are explained, and which are honestly not (PROTOCOLS §12).
 
-1. The bar of an evaluator is the 95th percentile of the per-latent scores of shuffled explanations in the same run.
-2. A latent's p-value is one-sided for "its score is above the bar", from its own interval (normal approximation on the
+1. An evaluator speaks for one side: detection and fuzzing for what makes the latent fire, intervention for what the latent
+   does to the output. Others decide nothing.
+2. The bar of an evaluator is the 95th percentile of the per-latent scores of shuffled explanations in the same run, taken
+   so that another such score exceeds it with a probability of at most 5 % (`bar`).
+3. Further floors (`controls`) each have a bar of their own, and the highest counts: the explanations of a random-weight
+   dictionary at the same hook point, say, scored by the same evaluators. Where tokens alone predict much of what stands at
+   the hook point, random directions fire on predictable tokens and are truly explained; the shuffled bar asks whether an
+   explanation holds, this one whether it holds better than an explanation of a random direction does
+   (`benchmarks.random_dictionary`; cf. Heap et al. 2025, "Sparse autoencoders can interpret randomly initialized
+   transformers").
+4. A latent's p-value is one-sided for "its score is above the bar", from its own interval (normal approximation on the
    interval's lower half); Benjamini–Hochberg holds the false discovery rate over all latents at 5 %.
-3. A latent is significant on an evaluator when it is discovered there *and* its own lower bound exceeds the bar.
-
-Only input-side evaluators exist so far, so the types are `input`, `unexplained`, and the statuses `rare`, `dense`, `dead`.
+5. A latent is significant on an evaluator when it is discovered there *and* its own lower bound exceeds the bar, and on a
+   side when it is on one of the side's evaluators. `input`, `output` and `both` say on which sides, `unexplained` that on
+   none. (`rare`, `dense` and `dead` are statuses of the evidence, not found here.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from exegete.evaluators.statistics import Z_95, Bools, Floats
 
+INPUT_EVALUATORS = ("detection", "fuzzing")
+"""Say whether the explanation tells what the latent fires on; by balanced accuracy."""
+OUTPUT_EVALUATORS = ("intervention",)
+"""Say whether the explanation tells what the latent does to the output; by accuracy or, with a local scorer, information."""
+
 FALSE_DISCOVERY_RATE = 0.05
 BAR_QUANTILE = 0.95
 
+_TYPES = {(True, False): "input", (False, True): "output", (True, True): "both", (False, False): "unexplained"}
+
 
 class Scored(NamedTuple):
-    """A latent's balanced accuracy and the lower end of its interval."""
+    """A latent's figure on an evaluator and the lower end of its interval; None (or NaN) where there is none."""
 
     latent: int
-    value: float
-    low: float
+    value: float | None
+    low: float | None
+
+
+def types(
+    scores: Mapping[str, Sequence[Scored]],
+    floors: Mapping[str, Sequence[float]],
+    *,
+    controls: Sequence[Mapping[str, Sequence[float]]] = (),
+    input_side: Sequence[str] = INPUT_EVALUATORS,
+    output_side: Sequence[str] = OUTPUT_EVALUATORS,
+) -> dict[int, str]:
+    """Return latent → "input", "output", "both" or "unexplained", ascending by latent.
+
+    A latent without a figure on any evaluator that counts is left out: it was not measured, which is not the same as not
+    explained. A figure without an interval proves nothing.
+
+    Args:
+        scores: evaluator → the latents' scores, in the evaluator's headline metric.
+        floors: evaluator → scores of shuffled explanations in the same metric. An evaluator without floors decides nothing:
+            a headline without its floor does not count.
+        controls: further floors that must be exceeded as well, each as `floors`; where one lacks an evaluator, that
+            evaluator decides nothing.
+        input_side: evaluators that speak for the input.
+        output_side: evaluators that speak for the output.
+    """
+    kinds = (floors, *controls)
+    on_input, on_output = (_significant_latents(scores, kinds, side) for side in (input_side, output_side))
+    return {
+        latent: _TYPES[on_input.get(latent, False), on_output.get(latent, False)]
+        for latent in sorted(on_input | on_output)
+    }
 
 
 def input_types(scores: Mapping[str, Sequence[Scored]], floors: Mapping[str, Sequence[float]]) -> dict[int, str]:
-    """Return latent → "input" or "unexplained", from balanced accuracies of input-side evaluators.
-
-    `scores`: evaluator → its latents' scores. `floors`: evaluator → scores of shuffled explanations. An evaluator without
-    floors decides nothing: a headline without its floor does not count.
-    """
-    types: dict[int, str] = {}
-    for evaluator, rows in scores.items():
-        found = significant(rows, floors.get(evaluator, ()))
-        for row, is_significant in zip(rows, found, strict=True):
-            if is_significant or row.latent not in types:
-                types[row.latent] = "input" if is_significant else "unexplained"
-    return types
+    """Return latent → "input" or "unexplained", as `types` where every evaluator speaks for the input."""
+    return types(scores, floors, input_side=tuple(scores), output_side=())
 
 
-def significant(rows: Sequence[Scored], floor: Sequence[float]) -> Bools:
-    """Return for each row whether it is significant against `floor`, shape (rows,)."""
-    if not rows or not floor:
-        return np.zeros(len(rows), dtype=np.bool_)
-    bar = float(np.quantile(np.asarray(floor, dtype=np.float64), BAR_QUANTILE))
-    p_values = np.array([_p_value(row, bar) for row in rows], dtype=np.float64)
-    above: Bools = np.array([row.low > bar for row in rows], dtype=np.bool_)
+def significant(rows: Sequence[Scored], *floors: Sequence[float]) -> Bools:
+    """Return for each row whether it is significant against the highest bar of `floors`, shape (rows,)."""
+    if not rows:
+        return np.zeros(0, dtype=np.bool_)
+    highest = max((bar(floor) for floor in floors), default=math.inf)
+    p_values = np.array([_p_value(row, highest) for row in rows], dtype=np.float64)
+    above: Bools = np.array([_above(row, highest) for row in rows], dtype=np.bool_)
     return benjamini_hochberg(p_values, FALSE_DISCOVERY_RATE) & above
+
+
+def bar(floor: Iterable[float]) -> float:
+    """Return the 95th percentile of `floor` that holds for the next score as well; infinite where there is no score.
+
+    Of n scores it is the ⌈0.95 (n + 1)⌉-th smallest, which one more of their kind exceeds with a probability of at most 5 %
+    (the split conformal quantile, Papadopoulos et al. 2002). Fewer than 19 cannot promise that: then it is the largest of them.
+    NaN and infinite scores are left out.
+    """
+    finite = sorted(value for value in floor if math.isfinite(value))
+    if not finite:
+        return math.inf
+    place = math.ceil(BAR_QUANTILE * (len(finite) + 1) - 1e-9)  # 0.95 is a little less or more than that in binary.
+    return finite[min(place, len(finite)) - 1]
 
 
 def benjamini_hochberg(p_values: Floats, rate: float) -> Bools:
@@ -65,6 +115,29 @@ def benjamini_hochberg(p_values: Floats, rate: float) -> Bools:
     return found
 
 
-def _p_value(row: Scored, bar: float) -> float:
+def _significant_latents(
+    scores: Mapping[str, Sequence[Scored]], kinds: Sequence[Mapping[str, Sequence[float]]], side: Sequence[str]
+) -> dict[int, bool]:
+    """Return measured latent → whether it is significant on one of the evaluators of `side`."""
+    found: dict[int, bool] = {}
+    for evaluator in side:
+        rows = [row for row in scores.get(evaluator, ()) if _finite(row.value)]
+        hits = significant(rows, *(floors.get(evaluator, ()) for floors in kinds))
+        for row, hit in zip(rows, hits.tolist(), strict=True):
+            found[row.latent] = hit or found.get(row.latent, False)
+    return found
+
+
+def _above(row: Scored, height: float) -> bool:
+    return row.low is not None and math.isfinite(row.low) and row.low > height
+
+
+def _p_value(row: Scored, height: float) -> float:
+    if row.value is None or row.low is None or not math.isfinite(row.value - row.low):
+        return 1.0
     error = max((row.value - row.low) / Z_95, 1e-12)
-    return 0.5 * math.erfc((row.value - bar) / error / math.sqrt(2))
+    return 0.5 * math.erfc((row.value - height) / error / math.sqrt(2))
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from exegete.evaluators.baselines import (
     CONSTANT,
@@ -11,7 +13,7 @@ from exegete.evaluators.baselines import (
     shuffled_partners,
     token_overlap_siblings,
 )
-from exegete.evaluators.typing import Scored, benjamini_hochberg, input_types, significant
+from exegete.evaluators.typing import Scored, bar, benjamini_hochberg, input_types, significant, types
 from exegete.tools.predicates import parse
 
 from planted import cat_evidence
@@ -61,5 +63,106 @@ def test_noise_is_not_explained_and_a_clear_latent_is() -> None:
     assert types[5000] == "input" and types[0] == "unexplained"
 
 
+FLOOR = [0.40 + 0.01 * i for i in range(20)]  # 0.40 … 0.59: the bar is the ⌈0.95 · 21⌉ = 20th, 0.59.
+CLEAR, NOT = Scored(0, 0.9, 0.8), Scored(0, 0.6, 0.5)
+
+
+def test_the_bar_is_an_order_statistic_that_the_next_score_exceeds_in_one_of_twenty() -> None:
+    hundred = [i / 100 for i in range(100)]
+    assert bar(hundred) == 0.95  # the ⌈0.95 · 101⌉ = 96th; four of a hundred are above it
+    assert bar(hundred[:19]) == 0.18  # the 19th of 19
+    assert bar(hundred[:39]) == 0.37  # the 38th of 39, though 0.95 · 40 rounds to a little more or less in binary
+    assert bar([0.3, 0.1, 0.2]) == 0.3  # too few for a percentile: the largest
+    assert bar([0.3, math.nan, math.inf]) == 0.3
+    assert bar([]) == bar([math.nan]) == math.inf
+
+
+def test_one_more_score_exceeds_the_bar_in_at_most_five_percent() -> None:
+    rng = np.random.default_rng(1)
+    exceeding = [float(rng.random()) > bar(rng.random(40)) for _ in range(4000)]
+    assert np.mean(exceeding) == pytest.approx(2 / 41, abs=0.01)  # the 39th of 40: two of the 41 places are above it
+
+
+@pytest.mark.parametrize(
+    ("detection", "fuzzing", "intervention", "expected"),
+    [
+        (CLEAR, NOT, NOT, "input"),
+        (NOT, CLEAR, NOT, "input"),
+        (NOT, NOT, CLEAR, "output"),
+        (CLEAR, CLEAR, CLEAR, "both"),
+        (NOT, CLEAR, CLEAR, "both"),
+        (NOT, NOT, NOT, "unexplained"),
+    ],
+)
+def test_the_four_types(detection: Scored, fuzzing: Scored, intervention: Scored, expected: str) -> None:
+    scores = {"detection": [detection], "fuzzing": [fuzzing], "intervention": [intervention]}
+    assert types(scores, dict.fromkeys(scores, FLOOR)) == {0: expected}
+
+
+def test_a_latent_that_one_side_alone_measured_is_typed_by_it() -> None:
+    scores = {"detection": [Scored(1, 0.9, 0.8), Scored(3, 0.5, 0.4)], "intervention": [Scored(2, 0.9, 0.8)]}
+    assert types(scores, dict.fromkeys(scores, FLOOR)) == {1: "input", 2: "output", 3: "unexplained"}
+
+
+def test_without_an_output_side_latents_are_input_or_unexplained() -> None:
+    scores = {"detection": [Scored(1, 0.9, 0.8), Scored(2, 0.5, 0.4)]}
+    assert types(scores, {"detection": FLOOR}) == input_types(scores, {"detection": FLOOR})
+    assert types(scores, {"detection": FLOOR}) == {1: "input", 2: "unexplained"}
+
+
+def test_information_in_nats_is_held_against_floors_in_nats() -> None:
+    nats = [-2.0 + 0.1 * i for i in range(20)]  # -2.0 … -0.1
+    scores = {"intervention": [Scored(1, 0.6, 0.1), Scored(2, -0.05, -0.3)]}
+    assert types(scores, {"intervention": nats}) == {1: "output", 2: "unexplained"}
+
+
+def test_evaluators_that_speak_for_no_side_decide_nothing() -> None:
+    scores = {"embedding": [Scored(1, 0.99, 0.95)]}
+    assert types(scores, {"embedding": FLOOR}) == {}
+    assert types(scores, {"embedding": FLOOR}, input_side=["embedding"]) == {1: "input"}
+
+
+def test_missing_figures() -> None:
+    rows = [Scored(1, None, None), Scored(2, math.nan, math.nan), Scored(3, 0.9, None), Scored(4, 0.9, math.nan)]
+    types_of = types({"detection": [*rows, Scored(5, 0.9, 0.8)]}, {"detection": FLOOR})
+    assert types_of == {3: "unexplained", 4: "unexplained", 5: "input"}
+
+
+def test_a_tie_with_the_bar_is_not_above_it() -> None:
+    height = bar(FLOOR)
+    at_bar = [Scored(1, height, height), Scored(2, 0.9, height)]
+    assert significant(at_bar, FLOOR).tolist() == [False, False]
+    assert significant([Scored(1, 0.9, math.nextafter(height, 1))], FLOOR).tolist() == [True]
+
+
+def test_false_discoveries_are_held_over_latents() -> None:
+    """0.69 with low 0.591 is 1.98 errors above the bar of 0.59: p = 0.024, a discovery alone and not among a hundred."""
+    close = Scored(0, 0.69, 0.591)
+    noise = [Scored(i, 0.5, 0.4) for i in range(1, 100)]
+    assert significant([close], FLOOR).tolist() == [True]
+    assert not significant([close, *noise], FLOOR).any()
+
+
+def test_the_highest_bar_counts() -> None:
+    scores = {"detection": [Scored(1, 0.9, 0.8), Scored(2, 0.75, 0.7)]}
+    floors, control = {"detection": FLOOR}, {"detection": [value + 0.15 for value in FLOOR]}  # bars of 0.59 and 0.74
+    assert types(scores, floors) == {1: "input", 2: "input"}
+    assert types(scores, floors, controls=[control]) == types(scores, control, controls=[floors])
+    assert types(scores, floors, controls=[control]) == {1: "input", 2: "unexplained"}
+    assert types(scores, floors, controls=[{"fuzzing": FLOOR}]) == {1: "unexplained", 2: "unexplained"}
+
+
+def test_latents_like_the_control_are_explained_in_at_most_five_percent() -> None:
+    rng = np.random.default_rng(2)
+    control, like_it = (0.75 + 0.1 * rng.standard_normal(n) for n in (200, 2000))
+    scores = {"detection": [Scored(i, v, v - 0.02) for i, v in enumerate(like_it.tolist())]}
+    shuffled = {"detection": FLOOR}
+    found = types(scores, shuffled, controls=[{"detection": control.tolist()}])
+    assert sum(one == "input" for one in types(scores, shuffled).values()) > 1500
+    assert 0 < sum(one == "input" for one in found.values()) <= 100
+
+
 def test_without_floors_nothing_is_explained() -> None:
     assert input_types({"detection": [Scored(1, 0.99, 0.95)]}, {}) == {1: "unexplained"}
+    assert types({"detection": [Scored(1, 0.99, 0.95)]}, {"detection": []}) == {1: "unexplained"}
+    assert types({}, {}) == {} and significant([], FLOOR).tolist() == []
