@@ -13,9 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from exegete.agent.latent_cards import LatentCard, Piece, ScoreRow, ShownWindow, choose_dictionary, read_cards, visible
+from exegete.agent.latent_cards import LatentCard, Piece, ScoreRow, ShownWindow, choose_dictionary, read_cards
 from exegete.agent.report_figures import Source, provisional
 from exegete.tools.errors import UserError
+from exegete.tools.rendering import visible
 from exegete.tools.store import connect
 
 if TYPE_CHECKING:

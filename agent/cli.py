@@ -12,6 +12,7 @@ import typer
 
 from exegete.agent import instrument_cli
 from exegete.tools.errors import ExegeteError, UserError
+from exegete.tools.rendering import visible
 
 if TYPE_CHECKING:
     from exegete.agent.config import RunConfig
@@ -163,8 +164,26 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is installed, which device there is, and what is missing."""
+def doctor(
+    live: Annotated[
+        str | None, typer.Option("--live", help="Check this model with a handful of calls, e.g. anthropic:MODEL.")
+    ] = None,
+    max_usd: Annotated[float, typer.Option("--max-usd", help="What the calls of --live may cost.")] = 0.05,
+    no_budget: Annotated[
+        bool, typer.Option("--no-budget", help="Check a model whose price is not known, whatever it costs.")
+    ] = False,
+    prices: Annotated[
+        Path | None, typer.Option("--prices", help="Price table (TOML) to lay over the shipped one.")
+    ] = None,
+) -> None:
+    """Say what is installed, which device there is, and what is missing; or check a language model and its key."""
+    if live is not None:
+        from exegete.agent.doctor_live import examine
+        from exegete.tools.llm import load_prices
+
+        diagnosis = examine(live, max_usd=None if no_budget else max_usd, prices=load_prices(prices))
+        _say("\n".join(diagnosis.lines()))
+        raise typer.Exit(0 if diagnosis.usable else 2)
     from exegete.agent.doctor import findings
 
     lines, missing = findings()
@@ -185,7 +204,7 @@ def import_evidence(
     from exegete.tools.interchange import import_evidence
 
     for brought in import_evidence(file, store):
-        _say(f"{brought.name}: {brought.latents:,} latents, {brought.windows:,} windows → {brought.folder}")
+        _say(f"{visible(brought.name)}: {brought.latents:,} latents, {brought.windows:,} windows → {brought.folder}")
 
 
 @evidence_app.command("export")
@@ -247,7 +266,7 @@ def main() -> None:
         app()
     except ExegeteError as error:
         # One line, whatever a library's message that it quotes looks like.
-        sys.stderr.write(f"exegete: {' '.join(str(error).splitlines())}\n")
+        sys.stderr.write(f"exegete: {visible(' '.join(str(error).splitlines()))}\n")
         raise SystemExit(2) from None
     except BrokenPipeError:
         raise SystemExit(141) from None

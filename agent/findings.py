@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.latent_cards import visible
 from exegete.agent.sql import format_table
 from exegete.tools.errors import UserError
+from exegete.tools.rendering import visible, visible_json
 
 if TYPE_CHECKING:
     from exegete.tools.estimates import Estimate
@@ -41,13 +41,13 @@ class Findings:
     def render(self, format: str) -> str:
         """Return it as text. Raises UserError for an unknown format."""
         if format == "json":
-            return json.dumps(plain(self.facts), ensure_ascii=False, indent=1, allow_nan=False)
+            return visible_json(json.dumps(plain(self.facts), ensure_ascii=False, indent=1, allow_nan=False))
         if format != "table":
             raise UserError(f"{format!r} is no format; there are: {', '.join(FORMATS)}")
         parts = ["\n".join(visible(line) for line in self.lines)] if self.lines else []
         for table in self.tables:
             rows = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in table.rows]
-            parts.append(f"{table.title}\n{format_table(table.columns, rows)}")
+            parts.append(f"{visible(table.title)}\n{format_table(table.columns, rows)}")
         return "\n\n".join(part.rstrip("\n") for part in parts)
 
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.latent_cards import visible
 from exegete.agent.summary import headline
 from exegete.tools.errors import UserError
+from exegete.tools.rendering import visible
 from exegete.tools.store import Store, connect
 from exegete.tools.store.publishing import SNAPSHOT
 
@@ -50,7 +50,7 @@ def status_lines(store: Path) -> list[str]:
         lines = [_writer_line(folder, pid), _snapshot_line(connection)]
         for run in runs:
             lines += ["", *_run_lines(connection, run, pid)]
-    return lines if runs else [*lines, _begin(store)]
+    return [visible(line) for line in (lines if runs else [*lines, _begin(store)])]
 
 
 def writer_pid(folder: Path) -> int | None:

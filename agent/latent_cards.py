@@ -6,7 +6,6 @@ Corpus text is untrusted: every token passes `visible`, so that no control or di
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
+from exegete.tools.rendering import visible
 from exegete.tools.store import Store
 from exegete.tools.windows import LatentEvidence, Window
 
@@ -25,8 +25,6 @@ QUANTILE_WINDOWS = 4
 MISTAKES = 4
 STATISTICS = ("density", "firing_tokens", "firing_windows", "tokens", "mean", "standard_deviation", "peak")
 _EXPLANATION_COLUMNS = "latent, explanation_id, text, predicate, explainer, model"
-_SHOWN_AS = {"\n": "⏎", "\t": "→", "\r": "\\r"}
-_UNSEEN = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +88,6 @@ class LatentCard:
     def floors(self, evaluator: str, metric: str = "balanced_accuracy") -> list[ScoreRow]:
         """Return what other explanations reached on the same windows."""
         return [row for row in self.scores if row.baseline and (row.evaluator, row.metric) == (evaluator, metric)]
-
-
-def visible(text: str) -> str:
-    """Return `text` with every control, format, private or unassigned character replaced by a visible escape.
-
-    For example ESC becomes `\\x1b` and the right-to-left override `\\u202e`; line breaks become `⏎`.
-    """
-    return "".join(_SHOWN_AS.get(c) or (_escape(c) if unicodedata.category(c) in _UNSEEN else c) for c in text)
 
 
 def choose_dictionary(connection: duckdb.DuckDBPyConnection, wanted: str | None) -> str:
@@ -292,8 +282,3 @@ def _shown(caption: str, window: Window, scale: float, marks: Sequence[int] = ()
         share = float(position in known) if activation is None else activation / scale if scale > 0 else 0.0
         pieces.append(Piece(visible(token), min(1.0, max(0.0, share)), activation, position in seen_marked))
     return ShownWindow(f"{caption} · {window.split}", tuple(pieces))
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
+from exegete.tools.rendering import visible
+
 LINE_EVERY_S = 10.0
 
 Advance = Callable[[int], None]
@@ -36,7 +38,7 @@ class Lines:
     def say(self, line: str) -> None:
         """Write one line."""
         stream = self._stream or sys.stderr
-        stream.write(line + "\n")
+        stream.write(visible(line) + "\n")
         stream.flush()
 
     @contextmanager
@@ -77,7 +79,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """Write one line above the bars."""
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(visible(line), highlight=False, markup=False)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exegete.agent.inspection import writer_pid
-from exegete.agent.latent_cards import LatentCard, read_cards, visible
+from exegete.agent.latent_cards import LatentCard, read_cards
 from exegete.agent.plots import Plot
 from exegete.agent.report_figures import (
     Figure,
@@ -33,6 +33,7 @@ from exegete.agent.report_figures import (
 )
 from exegete.evaluators.baselines import BASELINES
 from exegete.tools.errors import UserError
+from exegete.tools.rendering import visible
 from exegete.tools.store import connect
 
 if TYPE_CHECKING:

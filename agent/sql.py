@@ -1,4 +1,8 @@
-"""`exegete sql`: run a query on the published results and write its rows for a person or a program."""
+"""`exegete sql`: run a query on the published results and write its rows for a person or a program.
+
+Cells hold what corpora and language models say: a table shows control characters as escapes, JSON escapes them in its own
+way, and CSV, which has none, keeps them except on a terminal.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +19,7 @@ from typing import Any, Literal, get_args
 import duckdb
 
 from exegete.tools.errors import UserError, nearest
+from exegete.tools.rendering import visible, visible_json
 from exegete.tools.store import connect
 
 Format = Literal["table", "csv", "json", "parquet"]
@@ -46,7 +52,7 @@ def run_sql(store: str | Path, query: str, format: Format = "table", output: Pat
             raise UserError(f"the query {query!r} fails: {_one_line(error)}") from error
     text = _render(format, columns, rows)
     if output is None:
-        return text
+        return "\n".join(map(visible, text.split("\n"))) if format == "csv" and sys.stdout.isatty() else text
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -57,7 +63,8 @@ def run_sql(store: str | Path, query: str, format: Format = "table", output: Pat
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return rows as aligned columns: numbers to the right with four digits, long text cut, NULL empty."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
+    names = [visible(name) for name in columns]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(names)]
     right = [_is_numeric([row[i] for row in rows]) for i in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
@@ -65,7 +72,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return "  ".join(padded).rstrip()
 
     count = f"({len(rows)} row{'' if len(rows) == 1 else 's'})"
-    return "\n".join([line(columns), line(["─" * w for w in widths]), *map(line, cells), count]) + "\n"
+    return "\n".join([line(names), line(["─" * w for w in widths]), *map(line, cells), count]) + "\n"
 
 
 def _render(format: Format, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -78,14 +85,15 @@ def _render(format: Format, columns: Sequence[str], rows: Sequence[Sequence[Any]
         writer.writerows([_plain(value) if isinstance(value, list | dict) else value for value in row] for row in rows)
         return text.getvalue()
     records = [dict(zip(columns, map(_finite, row), strict=True)) for row in rows]
-    return json.dumps(records, ensure_ascii=False, default=str, indent=1) + "\n"
+    return visible_json(json.dumps(records, ensure_ascii=False, default=str, indent=1)) + "\n"
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     text = f"{value:.4g}" if isinstance(value, float | Decimal) else _plain(value)
-    text = text.replace("\n", "⏎").replace("\t", "→")
+    # What is cut off need not be made visible first.
+    text = visible(text[: WIDEST + 1])
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 

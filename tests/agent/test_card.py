@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from exegete.agent.card import card
-from exegete.agent.latent_cards import visible
 from exegete.tools.errors import UserError
+from exegete.tools.rendering import visible
 
 StoreMaker = Callable[..., str]
 
