@@ -29,12 +29,16 @@ from jinja2 import BaseLoader, Environment, StrictUndefined, Template, TemplateN
 from jinja2.meta import find_referenced_templates, find_undeclared_variables
 
 from exegete.tools.llm.contract import Message, Request, Role
-from exegete.tools.rendering import escape, render_window
+from exegete.tools.rendering import escape, render_window, visible
 from exegete.tools.seeds import digest
 
 SUFFIX = ".j2"
-_CONTROL_TOKEN = re.compile(r"\[(?=/?[A-Z_]{3,}\])")
+_CONTROL_TOKEN = re.compile(r"[\[［](?=/?[A-Z_]{3,}[\]］])")
 """The beginning of what some chat models read as a control token, for example `[INST]` or `[/INST]`."""
+_BRACKET = "⁅"
+"""In its place; unlike the wide bracket, no normalisation makes an ordinary one of it."""
+_TAG = re.compile(r"[<＜﹤](?![\s\d=<＜﹤])")
+"""The beginning of a tag or control token; not of a comparison, nor the first half of a mark."""
 
 
 class Line(str):
@@ -53,8 +57,21 @@ def window_line(tokens: Sequence[str], marks: Collection[int] = ()) -> Line:
     return Line(_defused(render_window(tokens, marks)))
 
 
+def spoken(text: str) -> str:
+    """Return a model's own answer as it goes back into a conversation: its words and lines, but no control token.
+
+    Providers keep messages apart by themselves; a local model reads the conversation as one text, where an answer that
+    holds `<|im_end|>` would end its own message. A comparison such as `position < 2` stays.
+    """
+    return _defused(_TAG.sub("‹", "\n".join(map(_shown, text.split("\n")))))
+
+
+def _shown(text: str) -> str:
+    return visible(text.replace("\t", " "))
+
+
 def _defused(text: str) -> str:
-    return _CONTROL_TOKEN.sub("［", text) if "[" in text else text
+    return _CONTROL_TOKEN.sub(_BRACKET, text) if "[" in text or "［" in text else text
 
 
 @dataclass(frozen=True, slots=True)

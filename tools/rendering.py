@@ -14,7 +14,11 @@ from collections.abc import Collection, Sequence
 from itertools import groupby
 
 OPEN, CLOSE = "<<", ">>"
-_LOOK_ALIKES = str.maketrans({"<": "‹", ">": "›", "`": "ˋ"})
+_LOOK_ALIKES = str.maketrans(
+    {"<": "‹", ">": "›", "`": "ˋ"}
+    # Their wide and small forms, which some tokenizers make the same as them (compatibility normalisation).
+    | {"\uff1c": "‹", "\uff1e": "›", "\ufe64": "‹", "\ufe65": "›", "\uff40": "ˋ"}
+)
 _CONTROL = {c: f"\\x{c:02x}" for c in [*range(32), 127, *range(128, 160)]} | {0x0A: "⏎", 0x09: "→", 0x0D: "\\r"}
 _INVISIBLE = dict.fromkeys(
     [

@@ -32,7 +32,7 @@ _SCHEMA = re.compile(r"JSON Schema, and with nothing else:\n(\{.*\})$", re.MULTI
 _PIECE = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MARKED = re.compile(r"<<(.*?)>>")
 _TOKEN = re.compile(r"\n| ?[^\W\d_]+|_[a-z]+| ?[0-9]+| (?:[<>!]=|[=<>*';])|\S|\s")
-_VISIBLE = str.maketrans({"‹": "<", "›": ">", "ˋ": "`", "⏎": "\n", "→": "\t", "［": "["})
+_VISIBLE = str.maketrans({"‹": "<", "›": ">", "ˋ": "`", "⏎": "\n", "→": "\t", "⁅": "["})
 
 
 class Unreadable(Exception):

@@ -56,10 +56,10 @@ def parse(text: str, schema: str) -> Any:
 
 def repair_request(request: Request, reply: Reply) -> Request:
     """Return the request that shows the model its unusable answer and asks again."""
-    from exegete.tools.prompting import line, render
+    from exegete.tools.prompting import line, render, spoken
 
     asked = render("repair", why=line(reply.detail), schema=line(request.schema or "")).messages[-1].text
-    turns = (Message("assistant", reply.text), Message("user", asked))
+    turns = (Message("assistant", spoken(reply.text)), Message("user", asked))
     return replace(request, messages=request.messages + turns)
 
 
