@@ -124,6 +124,7 @@ def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid:
         f" · explainer {label.get('explainer', 'unknown')}, judge {label.get('judge', 'unknown')}",
         _progress_line(connection, dictionary, min(latents or 0, label.get("limit") or latents or 0)),
         _floors_line(connection, run, label.get("floors")),
+        *_calls_lines(connection, run),
     ]
     if figures is not None:
         lines += [f"  {line}" for line in headline(json.loads(figures))]
@@ -152,6 +153,21 @@ def _floors_line(connection: duckdb.DuckDBPyConnection, run: str, wanted: int | 
     told = ", ".join(f"{baseline} on {count:,} latents" for baseline, count in counts)
     asked = "" if wanted is None else f" ({wanted:,} asked for)"
     return f"  floors: {told or 'none yet'}{asked}"
+
+
+def _calls_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
+    """Return one line on calls to language models and their cost; none for a run that makes no calls."""
+    [(calls, answered, failed, unknown, in_flight, usd, unknown_worst_usd)] = connection.execute(
+        """SELECT sum(calls), sum(answered), sum(failed), sum(unknown), sum(in_flight), sum(usd), sum(unknown_worst_usd)
+        FROM costs WHERE run = ?""",
+        [run],
+    ).fetchall()
+    if not calls:
+        return []
+    counts = f"{answered:,} answered, {failed:,} failed, {unknown:,} unknown"
+    counts += f", {in_flight:,} in flight" if in_flight else ""
+    spent = f"{usd:,.2f} USD" + (f", and at most {unknown_worst_usd:,.2f} USD for the unknown" if unknown else "")
+    return [f"  calls: {counts}; {spent}"]
 
 
 def _means(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:

@@ -10,9 +10,9 @@ down, and its reply before it is used. A request is known by its content, so the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from exegete.tools.seeds import digest
 
@@ -162,8 +162,11 @@ class Submission:
     calls: tuple[str, ...]
     batch: str | None = None
     """The provider's id; None where the process ended before it was written down."""
+    worst_usd: float = 0.0
+    """What the calls that have no reply may cost at most, all together."""
 
 
+@runtime_checkable
 class BatchJournal(Journal, Protocol):
     """A journal that also remembers batches, so that a restart takes them up again and pays for none twice."""
 
@@ -175,8 +178,11 @@ class BatchJournal(Journal, Protocol):
         """Write down the provider's id of the batch."""
         ...
 
-    async def landed(self, nonce: str) -> None:
-        """Write down that nothing more will come of the batch; calls of it without a reply may be asked again."""
+    async def landed(self, nonce: str, undone: Collection[str] = ()) -> None:
+        """Write down that nothing more will come of the batch; calls of it without a reply may be asked again.
+
+        Those in `undone` the provider has not done and does not bill (expired, cancelled); others may have been billed.
+        """
         ...
 
     async def submissions(self, model: str) -> list[Submission]:
@@ -207,13 +213,13 @@ class MemoryJournal:
     async def submitting(self, nonce: str, model: str, calls: Mapping[str, float]) -> None:
         """Write the batch and its intents down."""
         self.intents |= {call: (model, worst_usd) for call, worst_usd in calls.items()}
-        self.open[nonce] = Submission(nonce, model, tuple(calls))
+        self.open[nonce] = Submission(nonce, model, tuple(calls), worst_usd=sum(calls.values()))
 
     async def submitted(self, nonce: str, batch: str) -> None:
         """Write the provider's id down."""
         self.open[nonce] = replace(self.open[nonce], batch=batch)
 
-    async def landed(self, nonce: str) -> None:
+    async def landed(self, nonce: str, undone: Collection[str] = ()) -> None:
         """Forget the batch."""
         self.open.pop(nonce, None)
 

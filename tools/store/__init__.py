@@ -5,6 +5,8 @@
     labels.duckdb                  the published snapshot, replaced whole; every reader opens this one
     evidence/<16 hex digits>/      evidence of one dictionary (see `exegete.tools.evidence`)
     verdicts/*.parquet             judged items, append-only; a part counts once it is registered in run.duckdb
+    journal.sqlite                 every call to a language model and its reply (see `journal`); of the writer alone, too
+    calls/*.parquet                what readers see of calls, append-only, exported from the journal at publishing
     corpora/  passes/              token stores and the working files of activation passes
 
 `Store` names the places, `Store.writer()` opens the one writer, `connect` the published results, and `safe_query` runs SQL

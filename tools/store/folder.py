@@ -21,7 +21,7 @@ from exegete.tools.store.writer import Writer, evidence_path
 FORMAT = 1
 _MARKER = "store.json"
 _DATABASE = "run.duckdb"
-_FOLDERS = ("evidence", "verdicts", "corpora", "passes")
+_FOLDERS = ("evidence", "verdicts", "calls", "corpora", "passes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,18 @@ class Store:
     def writer(self) -> Iterator[Writer]:
         """Open the store for writing; everything else may go on reading the published snapshot.
 
-        On entry migrations are applied and parts of verdicts that no transaction registered are removed.
+        On entry migrations are applied, and parts of verdicts and calls that no transaction registered are removed.
 
         Raises:
             UserError: another process writes (its pid is named), the store has a newer schema, or the disk is full.
         """
         with _locked(self.folder):
             connection = _open_database(self.folder)
+            writer = Writer(self.folder, connection)
             try:
-                yield Writer(self.folder, connection)
+                yield writer
             finally:
-                connection.close()
+                writer.close()
 
 
 @contextmanager
@@ -153,8 +154,10 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
         ) from error
     try:
         migrate(connection, where)
-        registered = {part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()}
-        remove_orphans(folder / "verdicts", registered)
+        for kind in ("verdict", "call"):
+            registered = {part for (part,) in connection.execute(f"SELECT part FROM data.{kind}_parts").fetchall()}
+            (folder / f"{kind}s").mkdir(exist_ok=True)
+            remove_orphans(folder / f"{kind}s", registered)
         discard(folder)
     except (duckdb.IOException, duckdb.FatalException, OSError) as error:
         connection.close()

@@ -80,15 +80,24 @@ def _finish(temporary: Path, folder: Path) -> None:
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
     """Return the statements that make the views over the tables behind `connection`, for a store in `folder`."""
     evidence = dict(connection.execute("SELECT dictionary, evidence FROM data.dictionaries").fetchall())
-    parts = [part for (part,) in connection.execute("SELECT part FROM data.verdict_parts").fetchall()]
-    return view_statements(folder, evidence, _sound_first(connection, folder, parts))
+    verdicts, calls = (_parts(connection, folder, kind) for kind in ("verdict", "call"))
+    return view_statements(folder, evidence, verdicts or [], calls)
+
+
+def _parts(connection: duckdb.DuckDBPyConnection, folder: Path, kind: str) -> list[str] | None:
+    """Return the registered parts; None where the tables are those of a version that had no such parts yet."""
+    found = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [f"{kind}_parts"]).fetchall()
+    if not found:
+        return None
+    parts = connection.execute(f"SELECT part FROM data.{kind}_parts ORDER BY part").fetchall()
+    return _sound_first(connection, folder / f"{kind}s", [part for (part,) in parts])
 
 
 def _sound_first(connection: duckdb.DuckDBPyConnection, folder: Path, parts: list[str]) -> list[str]:
     """Return the parts, a readable one first: a view takes its columns from there, and a damaged part must not take it along."""
     for index, part in enumerate(parts):
         try:
-            connection.execute("SELECT 1 FROM parquet_schema(?)", [str(folder / "verdicts" / part)]).fetchall()
+            connection.execute("SELECT 1 FROM parquet_schema(?)", [str(folder / part)]).fetchall()
         except duckdb.Error:
             continue
         return [part, *parts[:index], *parts[index + 1 :]]

@@ -13,7 +13,7 @@ import duckdb
 from exegete.tools.errors import UserError
 from exegete.tools.store.folder import Store
 from exegete.tools.store.publishing import SNAPSHOT, statements_for
-from exegete.tools.store.schema import check_version
+from exegete.tools.store.schema import check_version, schema_version
 
 
 def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
@@ -49,11 +49,11 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
 
 
 def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """Where the store lies elsewhere than it was published, let temporary views stand before the snapshot's own."""
+    """Where the store was moved, or published by an older version, let temporary views stand before the snapshot's own."""
     # fetchone() would leave the result open, and DuckDB 2 then refuses the user's own first `connection.sql(…)`.
     [(published_in, version)] = connection.execute("SELECT store, schema_version FROM data.snapshot").fetchall()
     check_version(version, f"the store {str(folder)!r}")
-    if published_in == str(folder):
+    if published_in == str(folder) and version == schema_version():
         return
     for statement in statements_for(connection, folder):
         if statement.startswith("CREATE VIEW"):

@@ -2,7 +2,7 @@
 
 1. The query is parsed: one SELECT, over the documented views and its own subqueries only, no function that reads files.
 2. `examples` stands without the windows of the `test` split, which no agent may see (PROTOCOLS §1).
-3. DuckDB itself is locked to the store's folders of evidence and verdicts, a memory limit and no disk to spill to.
+3. DuckDB itself is locked to the store's folders of evidence, verdicts and calls, a memory limit and no disk to spill to.
 4. A timer interrupts it, and only so many rows are fetched.
 """
 
@@ -128,7 +128,7 @@ def _lock_down(connection: duckdb.DuckDBPyConnection, folder: Path, memory_limit
     found = connection.execute(query).fetchall()[0]
     whole = found[0][found[0].index(" AS ") + 4 :].rstrip().rstrip(";")
     connection.execute(f"CREATE OR REPLACE TEMP VIEW examples AS SELECT * FROM ({whole}) WHERE split <> 'test'")
-    allowed = [str(folder / name) for name in ("evidence", "verdicts")]
+    allowed = [str(folder / name) for name in ("evidence", "verdicts", "calls")]
     connection.execute("SET temp_directory = ''")
     connection.execute("SET allowed_directories = $1", [allowed])
     connection.execute("SET enable_external_access = false")

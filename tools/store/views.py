@@ -20,6 +20,11 @@ _NO_VERDICTS = (
     "run VARCHAR, dictionary VARCHAR, latent INTEGER, explanation_id VARCHAR, evaluator VARCHAR, baseline VARCHAR,"
     " window_id BIGINT, marks SMALLINT[], truth BOOLEAN, applies BOOLEAN, probability DOUBLE, status VARCHAR, prompt INTEGER"
 )
+_NO_CALLS = (
+    "call_id VARCHAR, run VARCHAR, provider VARCHAR, model VARCHAR, answered_by VARCHAR, status VARCHAR, input_tokens BIGINT,"
+    " cached_tokens BIGINT, cache_write_tokens BIGINT, output_tokens BIGINT, usd DOUBLE, worst_usd DOUBLE, seconds DOUBLE,"
+    " attempts INTEGER, detail VARCHAR, noted_at TIMESTAMP"
+)
 
 _EXAMPLES = """
 SELECT {dictionary} AS dictionary, latent, split, kind, rank,
@@ -43,27 +48,40 @@ FROM (
 """
 
 
-def view_statements(store: Path, evidence: Mapping[str, str], verdict_parts: Sequence[str]) -> list[str]:
+def view_statements(
+    store: Path, evidence: Mapping[str, str], verdict_parts: Sequence[str], call_parts: Sequence[str] | None
+) -> list[str]:
     """Return the statements that make the views (and, after each, its comments).
 
     Args:
         store: absolute folder of the store.
         evidence: fingerprint → folder of finished evidence, relative to the store.
-        verdict_parts: names of the registered parts.
+        verdict_parts: names of the registered parts; the views take their columns from the first.
+        call_parts: the same for calls; None where the tables are older than these parts.
     """
     folders = {dictionary: store / folder for dictionary, folder in sorted(evidence.items())}
     finished = {d: f for d, f in folders.items() if (f / "evidence.json").exists()}
-    parts = [_literal(store / "verdicts" / part) for part in sorted(verdict_parts)]
     sources = {
         "latents": _union(finished, "latents.parquet", _NO_LATENTS),
         "neighbours": _union(finished, "neighbours.parquet", _NO_NEIGHBOURS),
         "examples": _examples(finished),
-        "verdicts": f"SELECT * FROM read_parquet([{', '.join(parts)}])" if parts else _empty(_NO_VERDICTS),
+        "verdicts": _read(store / "verdicts", verdict_parts) or _empty(_NO_VERDICTS),
+        "calls": _calls(store / "calls", call_parts),
     }
     text = files("exegete.tools.store").joinpath("views.sql").read_text(encoding="utf-8")
     text = "\n".join(line for line in text.splitlines() if not line.startswith("--"))
     statements = [s.strip() for s in re.split(r";\n", text) if s.strip()]
     return [re.sub(r"\{\{(\w+)\}\}", lambda found: sources[found[1]], statement) for statement in statements]
+
+
+def _calls(folder: Path, parts: Sequence[str] | None) -> str:
+    if parts is None:
+        return _empty(_NO_CALLS)
+    return " UNION ALL BY NAME ".join(filter(None, (_read(folder, parts), "SELECT * FROM data.open_calls")))
+
+
+def _read(folder: Path, parts: Sequence[str]) -> str:
+    return f"SELECT * FROM read_parquet([{', '.join(_literal(folder / part) for part in parts)}])" if parts else ""
 
 
 def _union(folders: Mapping[str, Path], name: str, columns: str) -> str:

@@ -180,31 +180,53 @@ COMMENT ON COLUMN runs.started_at IS 'When it first began.';
 COMMENT ON COLUMN runs.finished_at IS 'When it last ended.';
 
 CREATE VIEW calls AS
-SELECT call_id, run, provider, model, status, input_tokens, output_tokens, cached_tokens, usd, started_at, finished_at FROM data.calls;
+SELECT call_id, run, provider, model, answered_by, status, input_tokens, cached_tokens, cache_write_tokens, output_tokens, usd,
+       worst_usd, seconds, attempts, detail, noted_at
+FROM ({{calls}});
 COMMENT ON VIEW calls IS 'One row a call to a language model; empty for the offline path, which makes none.';
-COMMENT ON COLUMN calls.call_id IS 'Id of the call.';
-COMMENT ON COLUMN calls.run IS 'The run that made it.';
-COMMENT ON COLUMN calls.provider IS 'anthropic, openai, …';
-COMMENT ON COLUMN calls.model IS 'The model that answered.';
-COMMENT ON COLUMN calls.status IS 'ok, failed or unknown (sent, and no reply seen).';
-COMMENT ON COLUMN calls.input_tokens IS 'Tokens sent.';
-COMMENT ON COLUMN calls.output_tokens IS 'Tokens received.';
+COMMENT ON COLUMN calls.call_id IS 'Content address of the question to the model; what can happen to it several times has a number behind it (…/failed-7, …/unknown-8).';
+COMMENT ON COLUMN calls.run IS 'The run that made it; a later run that asks the same gets the reply without a call.';
+COMMENT ON COLUMN calls.provider IS 'openai, anthropic, openai-batch, anthropic-batch or hf.';
+COMMENT ON COLUMN calls.model IS 'The model as it was asked for, with the URL of the server where one was given.';
+COMMENT ON COLUMN calls.answered_by IS 'The model as the server names it.';
+COMMENT ON COLUMN calls.status IS 'ok, unparsed, refused, truncated, filtered, empty, error, unknown (sent, and no reply seen) or in_flight (when this was published).';
+COMMENT ON COLUMN calls.input_tokens IS 'Tokens sent, cached ones included, as the provider counted them.';
 COMMENT ON COLUMN calls.cached_tokens IS 'Tokens sent that the provider had cached.';
-COMMENT ON COLUMN calls.usd IS 'Cost in US dollars.';
-COMMENT ON COLUMN calls.started_at IS 'When it was sent.';
-COMMENT ON COLUMN calls.finished_at IS 'When the reply came.';
+COMMENT ON COLUMN calls.cache_write_tokens IS 'Tokens sent that the provider put into its cache.';
+COMMENT ON COLUMN calls.output_tokens IS 'Tokens received.';
+COMMENT ON COLUMN calls.usd IS 'Cost in US dollars; null where no reply was seen.';
+COMMENT ON COLUMN calls.worst_usd IS 'What it could cost at most, reckoned before it was sent.';
+COMMENT ON COLUMN calls.seconds IS 'From its turn to the reply, waiting and repeats included.';
+COMMENT ON COLUMN calls.attempts IS 'Times that it was sent.';
+COMMENT ON COLUMN calls.detail IS 'Why it failed, as far as that quotes nothing of what was sent.';
+COMMENT ON COLUMN calls.noted_at IS 'When the reply was written down; for a call without one, when it was about to be sent.';
 
 CREATE VIEW costs AS
-SELECT r.run, c.model, count(c.call_id) AS calls, coalesce(sum(c.input_tokens), 0)::BIGINT AS input_tokens,
-       coalesce(sum(c.output_tokens), 0)::BIGINT AS output_tokens, coalesce(sum(c.usd), 0)::DOUBLE AS usd
-FROM data.runs r LEFT JOIN data.calls c USING (run) GROUP BY r.run, c.model;
-COMMENT ON VIEW costs IS 'What each run has cost, per model; a run without calls has one row of zeros.';
+SELECT coalesce(r.run, c.run) AS run, c.model, count(c.call_id) AS calls,
+       count(*) FILTER (c.status NOT IN ('error', 'unknown', 'in_flight')) AS answered,
+       count(*) FILTER (c.status = 'error') AS failed,
+       count(*) FILTER (c.status = 'unknown') AS unknown,
+       count(*) FILTER (c.status = 'in_flight') AS in_flight,
+       coalesce(sum(c.input_tokens), 0)::BIGINT AS input_tokens,
+       coalesce(sum(c.cached_tokens), 0)::BIGINT AS cached_tokens,
+       coalesce(sum(c.output_tokens), 0)::BIGINT AS output_tokens,
+-- In the order of the values: a sum in another order differs in its last bits from query to query.
+       coalesce(sum(c.usd ORDER BY c.usd), 0)::DOUBLE AS usd,
+       coalesce(sum(c.worst_usd ORDER BY c.worst_usd) FILTER (c.status = 'unknown'), 0)::DOUBLE AS unknown_worst_usd
+FROM data.runs r FULL JOIN ({{calls}}) c ON c.run = r.run GROUP BY ALL;
+COMMENT ON VIEW costs IS 'What each run has cost, per model: the provider''s account lies between usd and usd + unknown_worst_usd, once nothing is in flight. A run without calls has one row of zeros.';
 COMMENT ON COLUMN costs.run IS 'The run.';
-COMMENT ON COLUMN costs.model IS 'The model; null for a run without calls.';
-COMMENT ON COLUMN costs.calls IS 'Number of calls.';
-COMMENT ON COLUMN costs.input_tokens IS 'Tokens sent.';
+COMMENT ON COLUMN costs.model IS 'The model as it was asked for; null for a run without calls.';
+COMMENT ON COLUMN costs.calls IS 'Number of calls, the sum of the next four.';
+COMMENT ON COLUMN costs.answered IS 'Calls with a reply, usable or not.';
+COMMENT ON COLUMN costs.failed IS 'Calls that the provider did not answer.';
+COMMENT ON COLUMN costs.unknown IS 'Calls that may have been billed, and whose reply was never seen.';
+COMMENT ON COLUMN costs.in_flight IS 'Calls without a reply when this was published.';
+COMMENT ON COLUMN costs.input_tokens IS 'Tokens sent, cached ones included.';
+COMMENT ON COLUMN costs.cached_tokens IS 'Tokens sent that the provider had cached.';
 COMMENT ON COLUMN costs.output_tokens IS 'Tokens received.';
-COMMENT ON COLUMN costs.usd IS 'Cost in US dollars.';
+COMMENT ON COLUMN costs.usd IS 'Cost in US dollars of what was answered.';
+COMMENT ON COLUMN costs.unknown_worst_usd IS 'What the unknown calls cost at most.';
 
 CREATE VIEW investigations AS
 SELECT investigation_id, question, subject, dictionary, status, answer, parameters, started_at, finished_at FROM data.investigations;

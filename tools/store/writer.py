@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
-from exegete.tools.store import publishing, rows
+from exegete.tools.store import call_rows, publishing, rows
+from exegete.tools.store.journal_file import JOURNAL
 from exegete.tools.store.parts import SUPERSEDED, superseded_parts, write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
@@ -23,6 +24,10 @@ from exegete.tools.store.schema import utc_now
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from exegete.tools.store.journal import StoreJournal
+
+_CALLS_IN_A_PART = 100_000
 
 
 class Writer:
@@ -33,6 +38,30 @@ class Writer:
         self._connection = connection
         self._lock = threading.RLock()
         self._recorded: dict[tuple[str, str, bool], set[int]] = {}
+        self._journal: StoreJournal | None = None
+
+    @property
+    def journal(self) -> StoreJournal:
+        """The journal of calls to language models, opened when it is first asked for.
+
+        Raises:
+            UserError: it is damaged, open in another program or from a newer version, or the disk is full.
+        """
+        from exegete.tools.store.journal import StoreJournal
+
+        with self._lock:
+            if self._journal is None:
+                self._journal = StoreJournal(self._folder / JOURNAL, self._exported())
+            return self._journal
+
+    def close(self) -> None:
+        """Close what is open; `Store.writer()` does it."""
+        with self._lock:
+            try:
+                if self._journal is not None:
+                    self._journal.close()
+            finally:
+                self._connection.close()
 
     def add_dictionary(self, dictionary: DictionaryRecord) -> None:
         """Register a dictionary; once its evidence is finished, the views show its latents. Adding it again changes nothing."""
@@ -193,6 +222,7 @@ class Writer:
         """
         with self._lock:
             try:
+                self._export_calls()
                 return publishing.publish(self._connection, self._folder)
             except duckdb.InvalidInputException as error:
                 first = str(error).splitlines()[0]
@@ -202,6 +232,28 @@ class Writer:
                 ) from error
             except (OSError, duckdb.IOException, duckdb.FatalException) as error:
                 raise self._unwritten(error) from error
+
+    def _exported(self) -> int:
+        """Return the number of the last call in the journal that readers can see."""
+        found = self._connection.execute("SELECT coalesce(max(settled), 0) FROM data.call_parts").fetchall()
+        return int(found[0][0])
+
+    def _export_calls(self) -> None:
+        """Bring the calls that the journal has settled since into parts; those in flight replace the ones of last time."""
+        if self._journal is None and not (self._folder / JOURNAL).exists():
+            return
+        exported, full = self._exported(), True
+        while full:
+            settled, in_flight = self.journal.account(exported, _CALLS_IN_A_PART)
+            full = len(settled) == _CALLS_IN_A_PART
+            exported = settled[-1][0] if settled else exported
+            part = write_part(self._folder / "calls", call_rows.calls(settled)) if settled else None
+            # Where the next call begins is stored with the part: a crash can neither lose calls nor double them.
+            with self._transaction() as connection:
+                if part is not None:
+                    connection.execute("INSERT INTO data.call_parts VALUES (?, ?, ?)", [part, len(settled), exported])
+                connection.execute("DELETE FROM data.open_calls")
+                self._insert("open_calls", call_rows.calls(in_flight))
 
     def _recorded_latents(self, run: str, dictionary: str, floors: bool) -> set[int]:
         key = (run, dictionary, floors)
