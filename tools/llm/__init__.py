@@ -20,6 +20,7 @@ from exegete.tools.llm.contract import (
 
 # isort: split
 # After the contract, which prompts are rendered into.
+from exegete.tools.llm.batch_limits import BatchLimits
 from exegete.tools.llm.budget import Budget, BudgetUsedUp
 from exegete.tools.llm.opening import gives_logprobs, open_client, open_scorer
 from exegete.tools.llm.pacing import Limits
@@ -28,6 +29,7 @@ from exegete.tools.llm.specs import Spec, parse_spec
 
 __all__ = [
     "BatchJournal",
+    "BatchLimits",
     "Budget",
     "BudgetUsedUp",
     "Client",

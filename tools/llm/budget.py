@@ -44,13 +44,22 @@ class Budget:
         if self._used_up:
             raise self._refusal()
 
+    def fits(self, worst_usd: float) -> bool:
+        """Return whether a call fits beside what is spent and reserved, so that `reserve` need not wait."""
+        return self.spent_usd + self.reserved_usd + worst_usd <= self.max_usd
+
+    def reserve_sent(self, worst_usd: float) -> None:
+        """Set aside the worst case of what was sent before this budget began, whether it fits or not."""
+        self._in_flight += 1
+        self.reserved_usd += worst_usd
+
     async def reserve(self, worst_usd: float) -> None:
         """Set the worst case of one call aside, after waiting for calls in flight where need be.
 
         Raises:
             BudgetUsedUp: it could exceed the budget.
         """
-        while self.spent_usd + self.reserved_usd + worst_usd > self.max_usd:
+        while not self.fits(worst_usd):
             if self._used_up or self.spent_usd + worst_usd > self.max_usd:
                 self._used_up = True
                 self._wake()

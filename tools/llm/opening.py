@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from exegete.tools.errors import UserError
+from exegete.tools.llm.batch_limits import BatchLimits
+from exegete.tools.llm.batch_wire import BatchWire
+from exegete.tools.llm.batches import BatchClient
 from exegete.tools.llm.budget import Budget
-from exegete.tools.llm.contract import Client, Journal, Message, PromptScorer, Request
+from exegete.tools.llm.contract import BatchJournal, Client, Journal, Message, PromptScorer, Request
 from exegete.tools.llm.journaled import JournaledClient
 from exegete.tools.llm.pacing import Limits
 from exegete.tools.llm.prices import Price, Prices, load_prices
@@ -19,25 +22,34 @@ def open_client(
     budget: Budget | None = None,
     prices: Prices | None = None,
     limits: Limits | None = None,
+    batches: BatchLimits | None = None,
     device: str = "cpu",
-) -> JournaledClient:
+) -> JournaledClient | BatchClient:
     """Return a client for the model that `spec` names. Nothing is sent yet.
 
     Args:
-        spec: `openai:MODEL`, `openai:MODEL@URL`, `anthropic:MODEL`, `anthropic:MODEL@URL` or `hf:PATH`.
+        spec: `openai:MODEL`, `anthropic:MODEL`, `openai-batch:MODEL`, `anthropic-batch:MODEL`, each also with `@URL`, or
+            `hf:PATH`.
         journal: keeps intents and replies; a reply that it knows is not paid for again.
         budget: stops new calls before it is exceeded; may be shared between clients. None spends without a limit, and lets
             models pass whose price is unknown (`JournaledClient.price` is None, every `Reply.usd` 0).
         prices: price tables; the shipped one where left out.
         limits: concurrency, rates and timeouts.
+        batches: how batches are gathered and watched.
         device: torch device of an `hf:` model.
 
     Raises:
         UserError: the provider is unknown, the key is missing (its variable is named), the budget needs a price that
-            neither table has, or the model of `hf:` cannot be loaded.
+            neither table has, the model of `hf:` cannot be loaded, or the journal cannot remember batches.
     """
     parsed, limits = parse_spec(spec), limits or Limits()
     price = price_for(parsed, budget, prices)
+    if parsed.provider.endswith("-batch"):
+        if not isinstance(journal, BatchJournal):
+            raise UserError(f"{parsed.name}: this journal cannot remember batches; leave `-batch` out")
+        batches = batches or BatchLimits()
+        wire = _batch_wire(parsed, limits, batches)
+        return BatchClient(wire, journal=journal, budget=budget, price=price, limits=limits, batches=batches)
     return JournaledClient(_wire(parsed, limits, device), journal=journal, budget=budget, price=price, limits=limits)
 
 
@@ -84,8 +96,16 @@ def _wire(spec: Spec, limits: Limits, device: str) -> Wire:
         from exegete.tools.llm.anthropic_client import AnthropicWire
 
         return AnthropicWire(spec, limits)
-    if spec.provider == "hf":
-        from exegete.tools.llm.local_client import LocalModel
+    from exegete.tools.llm.local_client import LocalModel
 
-        return LocalModel(spec.model, device=device)
-    raise UserError(f"{spec.name}: batches are submitted by a labeling run; for single calls leave `-batch` out")
+    return LocalModel(spec.model, device=device)
+
+
+def _batch_wire(spec: Spec, limits: Limits, batches: BatchLimits) -> BatchWire:
+    if spec.provider == "openai-batch":
+        from exegete.tools.llm.batch_openai import OpenAIBatchWire
+
+        return OpenAIBatchWire(spec, limits, batches.transfer_s)
+    from exegete.tools.llm.batch_anthropic import AnthropicBatchWire
+
+    return AnthropicBatchWire(spec, limits, batches.transfer_s)

@@ -50,13 +50,15 @@ def spec_at(server: Running, provider: str, model: str = "model") -> str:
 @pytest.fixture
 def opened(server: Running, provider: str) -> Opening:
     def opening(journal: Journal, budget: Budget | None = None, model: str = "model", **limits: Any) -> JournaledClient:
-        return open_client(
+        client = open_client(
             spec_at(server, provider, model),
             journal=journal,
             budget=budget,
             prices=load_prices(own=PRICES),
             limits=Limits(**limits),
         )
+        assert isinstance(client, JournaledClient)
+        return client
 
     return opening
 

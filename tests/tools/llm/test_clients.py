@@ -13,6 +13,7 @@ from exegete.tools.errors import UserError
 from exegete.tools.llm import (
     Budget,
     BudgetUsedUp,
+    Client,
     Limits,
     MemoryJournal,
     Message,
@@ -28,7 +29,7 @@ from .conftest import SCHEMA, Opening, question, spec_at
 VALID = {"verdicts": [1, 0, 1]}
 
 
-def asked(client: JournaledClient, *requests: Request) -> list[Reply]:
+def asked(client: Client, *requests: Request) -> list[Reply]:
     async def ask() -> list[Reply]:
         try:
             return list(await asyncio.gather(*map(client.complete, requests)))
