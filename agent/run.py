@@ -2,10 +2,11 @@
 
 1. check    names, options, keys, prices: what can be wrong is said first   (`workbench`, `models`)
 2. gather   subject, dictionary, corpus → activation pass → evidence        (`gathering`)
-3. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
-4. floors   other explanations on the same windows, for a random subset     (`floors`)
-5. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
-6. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
+3. pilot    how the judge's errors cluster, on a frozen subset             (`pilot`)
+4. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
+5. floors   other explanations on the same windows, for a random subset     (`floors`)
+6. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
+7. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
 
 Each stage asks the store what is done already, so the same call after a crash goes on where the last one ended, and ends in
 the same tables; calls to language models that were answered are in its journal and are not paid for again, and latents about
@@ -31,10 +32,11 @@ from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Inputs, Interrupted, gather_evidence, load_inputs
 from exegete.agent.graph import Workbench, label_graph
 from exegete.agent.models import Models, budget_of
+from exegete.agent.pilot import described, pilot_latents, piloted, restored, run_pilot
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
 from exegete.agent.workbench import check_workbench, open_workbench
-from exegete.evaluators.typing import Scored, input_types
+from exegete.evaluators.typing import Scored, types
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
@@ -113,7 +115,6 @@ async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, A
         code_version=_code_version(),
         dictionary=evidence.dictionary,
     )
-    writer.forget_incomplete(run_id, evidence.dictionary)
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
     if here.budget is not None:
         here.budget.spent_usd += writer.journal.spent_usd(run_id)
@@ -121,6 +122,7 @@ async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, A
     models = Models(config.models, lambda: writer.journal.of_run(run_id), here.budget)
     try:
         bench = open_workbench(config, here.inputs, evidence, latents, models)
+        await _pilot(here, evidence, latents, bench, run_id)
         await _label(here, evidence, latents, bench, run_id)
         await _floors(here, evidence, bench, run_id)
     except BaseException:
@@ -164,6 +166,24 @@ def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
     return sorted(latents[i] for i in drawn)
 
 
+async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
+    writer, dictionary = here.writer, evidence.dictionary
+    evaluators = piloted(bench)
+    found = restored(writer.pilot(run_id, dictionary))
+    writer.forget_incomplete(run_id, dictionary, all_of_it=bool(evaluators) and not found)
+    if evaluators and not found:
+        chosen = pilot_latents(evidence, latents, here.config.seed)
+        here.progress.say(f"pilot: {len(chosen)} latents show how the judge's errors cluster")
+        shown = await run_pilot(evidence, chosen, bench, here.config.label.concurrency, here.stop)
+        if shown is None:
+            raise Interrupted
+        found, complete = shown
+        if complete:
+            writer.set_pilot(run_id, dictionary, described(found))
+    for evaluator in evaluators:
+        evaluator.clustering = found[evaluator.name]
+
+
 async def _label(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
     writer, label = here.writer, here.config.label
     done = set(writer.labeled(run_id, evidence.dictionary).tolist())
@@ -200,13 +220,11 @@ def _types(results: RunResults, headlines: Mapping[str, str]) -> dict[int, str]:
     scores: dict[str, list[Scored]] = {}
     floors: dict[str, list[float]] = {}
     for latent, evaluator, baseline, value, low in results.headlines(headlines):
-        if low is None:
-            continue
         if baseline is None:
             scores.setdefault(evaluator, []).append(Scored(latent, value, low))
         elif baseline == "shuffled":
             floors.setdefault(evaluator, []).append(value)
-    return input_types(scores, floors)
+    return types(scores, floors)
 
 
 def _publishing(here: _Run, record: Write, advance: Callable[[int], None]) -> Write:

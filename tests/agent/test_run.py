@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted_store import TARGETS, planted_line, tables
 
 import exegete
 from exegete.agent.config import load_config
@@ -14,37 +15,16 @@ from exegete.agent.progress import Lines
 from exegete.agent.run import run
 from exegete.tools.errors import UserError
 from exegete.tools.interchange import import_evidence
-from exegete.tools.seeds import generator
 
-WORDS = "the a of to and in is it on as at by we he she".split()
-TARGETS = (
-    "dog cat fish bird tree house river stone cloud rain snow wind fire salt milk bread glass wood iron gold"
-    " horse sheep lamp door roof wall road bridge ship harbour"
-).split()
 LATENTS = len(TARGETS)
-
-
-def planted_line(latent: int) -> dict[str, Any]:
-    """A latent that fires on one word of its own (the last one: at random)."""
-    rng = generator(0, "planted", latent)
-    target = TARGETS[latent]
-    windows = []
-    for split in ("explain", "refine", "test"):
-        for number in range(24):
-            tokens = [f" {WORDS[i]}" for i in rng.integers(len(WORDS), size=12)]
-            fires, at = number % 2 == 0, int(rng.integers(12))
-            if fires and latent != LATENTS - 1:
-                tokens[at] = f" {target}"
-            activations = [1.0 if fires and i == at else 0.0 for i in range(12)]
-            kind = "firing" if fires else "random"
-            windows.append({"tokens": tokens, "activations": activations, "fires": fires, "split": split, "kind": kind})
-    return {"dictionary": "planted", "latent": latent, "windows": windows}
 
 
 @pytest.fixture(scope="module")
 def planted_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("planted") / "planted.jsonl"
-    file.write_text("".join(json.dumps(planted_line(latent)) + "\n" for latent in range(LATENTS)))
+    file.write_text(
+        "".join(json.dumps(planted_line(latent, noise=latent == LATENTS - 1)) + "\n" for latent in range(LATENTS))
+    )
     return file
 
 
@@ -53,14 +33,6 @@ def labeled(file: Path, store: Path, *assignments: str) -> dict[str, Any]:
     outcome = run(load_config(None, assignments, {"store": str(store)}), Lines(every_s=1e9))
     assert outcome.finished
     return next(iter(outcome.figures.values()))
-
-
-def tables(store: Path) -> dict[str, list[Any]]:
-    with exegete.connect(store) as connection:
-        return {
-            view: connection.execute(f"SELECT * FROM {view} ORDER BY ALL").fetchall()
-            for view in ("latents", "explanations", "scores", "best_explanations", "verdicts", "examples")
-        }
 
 
 @pytest.fixture(scope="module")

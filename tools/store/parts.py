@@ -59,8 +59,8 @@ def superseded_parts(
     for (part,) in connection.execute("SELECT part FROM data.verdict_parts ORDER BY part").fetchall():
         path = str(folder / part)
         query = f"SELECT count(*) FROM read_parquet(?) WHERE {SUPERSEDED}"
-        found = connection.execute(query, [path, *chosen]).fetchone()
-        if found is None or not found[0]:
+        ((found,),) = connection.execute(query, [path, *chosen]).fetchall()
+        if not found:
             continue
         query = f"SELECT * FROM read_parquet(?) WHERE NOT ({SUPERSEDED})"
         rows: pa.Table = connection.sql(query, params=[path, *chosen]).to_arrow_table()

@@ -159,19 +159,21 @@ class Writer:
         with self._lock:
             return np.array(sorted(self._recorded_latents(run, dictionary, floors)), dtype=np.int64)
 
-    def forget_incomplete(self, run: str, dictionary: str) -> int:
-        """Remove what was recorded of latents about which calls are missing; return how many there were.
+    def forget_incomplete(self, run: str, dictionary: str, all_of_it: bool = False) -> int:
+        """Remove what was recorded of latents about which calls are missing (or `all_of_it`); return how many there were.
 
         They count as not recorded then. Where there are any, all floors go as well: a latent that gets its explanation later
         changes whose explanations are borrowed. What was answered is in the journal and not paid for again.
+
+        Raises:
+            UserError: the disk is full, or a part of verdicts is damaged; nothing was removed.
         """
         with self._lock:
-            labeled = self._incomplete("results", run, dictionary)
-            floored = self._incomplete("floors", run, dictionary)
+            recorded = [sorted(self._recorded_latents(run, dictionary, floors)) for floors in (False, True)]
+            labeled = recorded[0] if all_of_it else self._incomplete("results", run, dictionary)
+            floored = recorded[1] if labeled else self._incomplete("floors", run, dictionary)
             if not labeled and not floored:
                 return 0
-            if labeled:
-                floored = sorted(self._recorded_latents(run, dictionary, floors=True))
             chosen = [run, dictionary, labeled, floored]
             replaced = superseded_parts(self._connection, self._folder / "verdicts", chosen)
             with self._transaction() as connection:
@@ -193,6 +195,22 @@ class Writer:
             f"SELECT latent FROM data.{table} WHERE run = ? AND dictionary = ? AND missing_calls > 0 ORDER BY latent"
         )
         return [latent for (latent,) in self._connection.execute(query, [run, dictionary]).fetchall()]
+
+    def pilot(self, run: str, dictionary: str) -> dict[str, dict[str, Any]]:
+        """Return evaluator → what the run's pilot has shown of it, as it was stored; empty where there was none yet."""
+        query = "SELECT evaluator, clustering FROM data.pilots WHERE run = ? AND dictionary = ? ORDER BY evaluator"
+        with self._lock:
+            found = self._connection.execute(query, [run, dictionary]).fetchall()
+        return {evaluator: json.loads(clustering) for evaluator, clustering in found}
+
+    def set_pilot(self, run: str, dictionary: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store what the run's pilot has shown."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM data.pilots WHERE run = ? AND dictionary = ?", [run, dictionary])
+            for evaluator, clustering in found.items():
+                connection.execute(
+                    "INSERT INTO data.pilots VALUES (?, ?, ?, ?)", [run, dictionary, evaluator, _json(clustering)]
+                )
 
     def results(self, run: str, dictionary: str) -> RunResults:
         """Return what `run` has found out about `dictionary` so far, for reading back."""

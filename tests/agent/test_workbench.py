@@ -1,0 +1,109 @@
+"""From a configuration to instruments: what can be wrong is said before anything is loaded, sent or paid for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exegete.agent.config import RunConfig, load_config
+from exegete.agent.models import budget_of
+from exegete.agent.planning import plan
+from exegete.agent.run import identity
+from exegete.agent.workbench import check_workbench
+from exegete.tools.errors import UserError
+
+SUBJECT = {"subject.name": "bundled", "dictionary.path": "bundled:tests", "corpus.source": "bundled"}
+KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENROUTER_API_KEY", "EXEGETE_API_KEY")
+HERE = "openai:some-model@http://127.0.0.1:9/v1"
+PRICED = "openai:gpt-4o-mini"
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def settled(*assignments: str, **overrides: Any) -> RunConfig:
+    return load_config(None, assignments, overrides)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["models.explainer=opnai:x"], "no provider 'opnai'.*Did you mean 'openai'"),
+        ([f"models.judge={PRICED}", "models.budget_usd=1"], "set the environment variable OPENAI_API_KEY"),
+        (["models.judge=anthropic:claude-x", "models.budget_usd=1"], "set the environment variable ANTHROPIC_API_KEY"),
+        (["models.explainer=openai:m@https://example.org/v1", "models.budget_usd=1"], "no price is known"),
+        (["models.explainer=openai:m@https://example.org/v1"], "say how much, --budget USD, or give --no-budget"),
+        (["models.scorer=openai:gpt-4o"], "models.scorer = 'openai:gpt-4o'.*hf:PATH"),
+        (["models.prices=nowhere.toml"], "price table 'nowhere.toml'"),
+        (["label.explainer=one-shot"], "explainer 'one-shot' asks a language model.*--model SPEC"),
+        (["label.explainer=best-of"], "explainer 'one-shot' asks a language model"),
+        (["label.explainer=best-of", "label.explainer_options.explainer=lexical"], "not 'lexical'"),
+        (["label.explainer=clusters", f"models.explainer={HERE}"], "models.embedder = NAME or FOLDER"),
+        (["label.explainer=combined", f"models.explainer={HERE}"], r"runs the subject.*\[subject\]"),
+        (["label.judge=model"], "judge 'model' asks a language model.*models.judge = SPEC"),
+        (["label.judge=modle"], "no judge is named 'modle'.*Did you mean 'model'"),
+        (['label.evaluators=["simulation"]'], "evaluator 'simulation' asks a language model"),
+        (['label.evaluators=["surprisal"]'], "evaluator 'surprisal' needs a local model.*models.scorer = 'hf:PATH'"),
+        (['label.evaluators=["embedding"]'], "evaluator 'embedding' needs an embedding model"),
+        (['label.evaluators=["intervention"]', f"models.judge={HERE}"], r"runs the subject.*\[subject\]"),
+        (["label.evaluator_options.fuzing.split=test"], "no evaluator is named 'fuzing'.*'fuzzing'"),
+        (["label.evaluator_options.fuzzing.items_per_clas=3"], "no option 'items_per_clas'.*'items_per_class'"),
+        (["label.evaluator_options.fuzzing.items_per_class=many"], "option items_per_class = 'many'"),
+        (["label.judge_options.temperature=0"], "judge 'predicate' has no option 'temperature'; it has none"),
+        (["label.stop_at=1.5"], "label.stop_at = 1.5"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_loaded(assignments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_workbench(settled(*assignments))
+
+
+def test_a_price_table_of_the_users_makes_a_budget_possible(tmp_path: Path) -> None:
+    spec = "openai:m@https://example.org/v1"
+    table = tmp_path / "prices.toml"
+    table.write_text(f'["{spec}"]\ninput = 1.0\noutput = 2.0\n')
+    check_workbench(settled(f"models.judge={spec}", f"models.prices={table}", "models.budget_usd=3"))
+
+
+def test_a_server_on_this_machine_needs_neither_key_nor_budget() -> None:
+    check_workbench(settled(f"models.explainer={HERE}", f"models.judge={HERE}"))
+
+
+@pytest.mark.parametrize(("subject", "explainer"), [(SUBJECT, "combined"), ({}, "one-shot")])
+def test_models_that_are_named_explain_and_judge(subject: dict[str, str], explainer: str) -> None:
+    label = load_config(None, [f"models.explainer={HERE}", f"models.judge={HERE}"], subject).label
+    assert (label.explainer, label.judge) == (explainer, "model")
+
+
+def test_what_is_said_of_the_explainer_counts_more() -> None:
+    label = settled(f"models.explainer={HERE}", f"models.judge={HERE}", "label.explainer=lexical").label
+    assert (label.explainer, label.judge) == ("lexical", "model")
+
+
+def test_money_and_pace_are_no_part_of_what_a_run_is() -> None:
+    plain = settled(f"models.judge={HERE}")
+    money = [
+        "models.budget_usd=1",
+        "models.concurrency=3",
+        "models.timeout_s=1",
+        "models.prices=x",
+        "models.attempts=1",
+    ]
+    assert identity(plain) == identity(settled(f"models.judge={HERE}", *money))
+    assert identity(plain) != identity(settled("models.judge=openai:other@http://127.0.0.1:9/v1"))
+
+
+def test_no_budget_counts_more_than_a_budget() -> None:
+    assert budget_of(settled("models.budget_usd=1", "models.no_budget=true").models) is None
+    found = budget_of(settled("models.budget_usd=1").models)
+    assert found is not None and found.max_usd == 1
+
+
+def test_a_plan_names_models_and_budget() -> None:
+    lines = plan(load_config(None, [f"models.judge={HERE}", "models.budget_usd=2.5"], SUBJECT))
+    assert f"language models: judge {HERE}; budget: 2.50 USD" in lines
