@@ -64,7 +64,7 @@ def types(
         floors: evaluator → scores of shuffled explanations in the same metric. An evaluator without floors decides nothing:
             a headline without its floor does not count.
         controls: further floors that must be exceeded as well, each as `floors`; where one lacks an evaluator, that
-            evaluator decides nothing.
+            evaluator decides nothing (`{**floors, "intervention": [...]}` is a control for one evaluator alone).
         input_side: evaluators that speak for the input.
         output_side: evaluators that speak for the output.
     """
@@ -74,11 +74,6 @@ def types(
         latent: _TYPES[on_input.get(latent, False), on_output.get(latent, False)]
         for latent in sorted(on_input | on_output)
     }
-
-
-def input_types(scores: Mapping[str, Sequence[Scored]], floors: Mapping[str, Sequence[float]]) -> dict[int, str]:
-    """Return latent → "input" or "unexplained", as `types` where every evaluator speaks for the input."""
-    return types(scores, floors, input_side=tuple(scores), output_side=())
 
 
 def significant(rows: Sequence[Scored], *floors: Sequence[float]) -> Bools:

@@ -13,7 +13,7 @@ from exegete.evaluators.baselines import (
     shuffled_partners,
     token_overlap_siblings,
 )
-from exegete.evaluators.typing import Scored, bar, benjamini_hochberg, input_types, significant, types
+from exegete.evaluators.typing import Scored, bar, benjamini_hochberg, significant, types
 from exegete.tools.predicates import parse
 
 from planted import cat_evidence
@@ -59,8 +59,8 @@ def test_noise_is_not_explained_and_a_clear_latent_is() -> None:
     floor = (0.5 + 0.05 * rng.standard_normal(100)).tolist()
     noise = [Scored(i, v, v - 0.07) for i, v in enumerate(0.5 + 0.05 * rng.standard_normal(1000))]
     assert significant(noise, floor).mean() <= 0.01
-    types = input_types({"detection": [*noise, Scored(5000, 0.95, 0.88)]}, {"detection": floor})
-    assert types[5000] == "input" and types[0] == "unexplained"
+    found = types({"detection": [*noise, Scored(5000, 0.95, 0.88)]}, {"detection": floor})
+    assert found[5000] == "input" and found[0] == "unexplained"
 
 
 FLOOR = [0.40 + 0.01 * i for i in range(20)]  # 0.40 … 0.59: the bar is the ⌈0.95 · 21⌉ = 20th, 0.59.
@@ -106,7 +106,6 @@ def test_a_latent_that_one_side_alone_measured_is_typed_by_it() -> None:
 
 def test_without_an_output_side_latents_are_input_or_unexplained() -> None:
     scores = {"detection": [Scored(1, 0.9, 0.8), Scored(2, 0.5, 0.4)]}
-    assert types(scores, {"detection": FLOOR}) == input_types(scores, {"detection": FLOOR})
     assert types(scores, {"detection": FLOOR}) == {1: "input", 2: "unexplained"}
 
 
@@ -152,6 +151,12 @@ def test_the_highest_bar_counts() -> None:
     assert types(scores, floors, controls=[{"fuzzing": FLOOR}]) == {1: "unexplained", 2: "unexplained"}
 
 
+def test_a_control_for_one_evaluator_alone() -> None:
+    scores = {"detection": [Scored(1, 0.9, 0.8)], "intervention": [Scored(1, 0.9, 0.8)]}
+    floors = dict.fromkeys(scores, FLOOR)
+    assert types(scores, floors, controls=[{**floors, "intervention": [0.85]}]) == {1: "input"}
+
+
 def test_latents_like_the_control_are_explained_in_at_most_five_percent() -> None:
     rng = np.random.default_rng(2)
     control, like_it = (0.75 + 0.1 * rng.standard_normal(n) for n in (200, 2000))
@@ -163,6 +168,6 @@ def test_latents_like_the_control_are_explained_in_at_most_five_percent() -> Non
 
 
 def test_without_floors_nothing_is_explained() -> None:
-    assert input_types({"detection": [Scored(1, 0.99, 0.95)]}, {}) == {1: "unexplained"}
+    assert types({"detection": [Scored(1, 0.99, 0.95)]}, {}) == {1: "unexplained"}
     assert types({"detection": [Scored(1, 0.99, 0.95)]}, {"detection": []}) == {1: "unexplained"}
     assert types({}, {}) == {} and significant([], FLOOR).tolist() == []
