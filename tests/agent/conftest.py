@@ -50,6 +50,13 @@ class Toy:
     judge: str = "predicate"
     activations: bool = True
     limit: int | None = None
+    words: tuple[str, ...] = WORDS
+    """Pieces of the vocabulary, as many as `WORDS`."""
+    said: str = '</script><script>alert("x")</script> \x1b[2J\u202e'
+    """What explanations end with."""
+    predicate: str = 'token in {" cat", "<b>"}'
+    model: str | None = None
+    """That wrote the explanations."""
 
     @property
     def dictionary(self) -> str:
@@ -99,7 +106,7 @@ def _write_evidence(store: Store, toy: Toy) -> None:
         rows = [{"latent": row["latent"], "status": row["status"]} for row in rows]
     write_evidence(
         store.evidence_folder(toy.dictionary),
-        vocabulary=pa.table({"token": range(len(WORDS)), "piece": WORDS}),
+        vocabulary=pa.table({"token": range(len(WORDS)), "piece": toy.words}),
         windows=pa.Table.from_pylist(windows),
         items=pa.Table.from_pylist(items),
         latents=pa.Table.from_pylist(rows),
@@ -145,16 +152,15 @@ def _label(store: Store, toy: Toy, writer: Writer) -> None:
         writer.finish_run(run, "finished", figures)
 
 
-def _explanation(latent: int) -> Explanation:
-    text = f'Word {latent} </script><script>alert("x")</script> \x1b[2J\u202e'
-    return Explanation(text, 'token in {" cat", "<b>"}', explainer="lexical")
+def _explanation(toy: Toy, latent: int) -> Explanation:
+    return Explanation(f"Word {latent} {toy.said}", toy.predicate, explainer="lexical", model=toy.model)
 
 
 def _record(toy: Toy, own: LatentEvidence) -> LatentRecord:
     outcomes: dict[str, Outcome] = {"dead": "dead", "rare": "rare", "dense": "dense"}
     if own.status != "live":
         return LatentRecord(toy.dictionary, own.latent, outcomes[own.status])
-    explanation = _explanation(own.latent)
+    explanation = _explanation(toy, own.latent)
     identity = explanation.id(toy.dictionary, own.latent)
     value = 0.55 + 0.4 * own.latent / toy.latents
     return LatentRecord(
@@ -171,7 +177,7 @@ def _record(toy: Toy, own: LatentEvidence) -> LatentRecord:
 
 
 def _floor_record(toy: Toy, own: LatentEvidence) -> LatentRecord:
-    identity = _explanation(own.latent).id(toy.dictionary, own.latent)
+    identity = _explanation(toy, own.latent).id(toy.dictionary, own.latent)
     scores = [
         (identity, score)
         for baseline, value in (("shuffled", 0.5 + 0.01 * own.latent), ("sibling", 0.6), ("constant", 0.5))
