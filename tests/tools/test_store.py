@@ -335,3 +335,15 @@ def test_a_truncated_part_is_named(tmp_path: Path) -> None:
         run_sql(tmp_path, "SELECT count(*) FROM verdicts")
     assert "\n" not in str(caught.value)
     assert run_sql(tmp_path, "SELECT count(*) AS n FROM scores", "csv") == "n\n15\n"
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_one_damaged_part_takes_nothing_else_along(tmp_path: Path, damaged: int) -> None:
+    store = fill(tmp_path, [range(5), range(5, 9)])
+    part = sorted((store.folder / "verdicts").iterdir())[damaged]
+    part.write_bytes(part.read_bytes()[:-50])
+    with store.writer() as writer:
+        writer.publish()
+    assert run_sql(tmp_path, "SELECT count(*) AS n FROM scores", "csv") == "n\n27\n"
+    with pytest.raises(UserError, match=part.name):
+        run_sql(tmp_path, "SELECT count(*) FROM verdicts")

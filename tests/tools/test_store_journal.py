@@ -4,68 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pytest
-from language_model_server import serving
+from journaled_store import MODEL, call, journal_at, ok, publish, rows
 
-import exegete
 from exegete.agent.inspection import status_lines
 from exegete.tools.errors import UserError
-from exegete.tools.llm import (
-    BatchJournal,
-    Budget,
-    Limits,
-    Message,
-    Reply,
-    Request,
-    Submission,
-    TokenLogprob,
-    Usage,
-    load_prices,
-    open_client,
-)
+from exegete.tools.llm import BatchJournal, Reply, Submission, TokenLogprob
 from exegete.tools.store import DictionaryRecord, Store, safe_query
 from exegete.tools.store.journal import StoreJournal
-
-MODEL = "openai:model@http://127.0.0.1:9/v1"
-
-
-def ok(text: str = "yes", usd: float = 0.25, **others: Any) -> Reply:
-    return Reply("ok", text, model="model-1", usage=Usage(100, 40, 10, 5), usd=usd, seconds=1.5, **others)
-
-
-@contextmanager
-def journal_at(folder: Path) -> Iterator[StoreJournal]:
-    with Store.create_or_open(folder).writer() as writer:
-        yield writer.journal
-
-
-def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
-    with exegete.connect(folder) as connection:
-        return connection.execute(query).fetchall()
-
-
-def publish(folder: Path) -> None:
-    with Store.open(folder).writer() as writer:
-        writer.publish()
-
-
-async def call(journal: BatchJournal, name: str, reply: Reply | None, worst_usd: float = 1.0) -> None:
-    await journal.intend(name, MODEL, worst_usd)
-    if reply is not None:
-        await journal.answered(name, reply)
 
 
 def test_a_reply_comes_back_whole_in_other_loops_runs_and_processes(tmp_path: Path) -> None:
@@ -219,6 +170,7 @@ def test_a_batch_outlives_the_process_until_it_lands(tmp_path: Path) -> None:
         await journal.landed("first")
         with pytest.raises(ValueError, match="no batch 'first'"):
             await journal.submitted("first", "batch_1")
+        await journal.answered("e", Reply("error", detail="expired in the third batch as well"))
         assert await journal.submissions(MODEL) == []
         return submissions
 
@@ -229,15 +181,17 @@ def test_a_batch_outlives_the_process_until_it_lands(tmp_path: Path) -> None:
     with journal_at(tmp_path) as journal:
         # In their order and all of them: request ids in a batch may count them.
         assert asyncio.run(end(journal.of_run("b"))) == [
-            Submission("first", MODEL, ("a", "b", "c", "e"), "batch_1"),
-            Submission("second", MODEL, ("d",)),
+            Submission("first", MODEL, ("a", "b", "c", "e"), "batch_1", worst_usd=3.0),
+            Submission("second", MODEL, ("d",), worst_usd=1.0),
         ]
     publish(tmp_path)
     # c may have been billed in batch_1, e expired there; the second batch never got to the provider, so d is no call.
+    assert rows(tmp_path, "SELECT DISTINCT model FROM calls ORDER BY 1") == [(MODEL[7:],), ("x",)]
     assert rows(tmp_path, "SELECT call_id, run, status FROM calls ORDER BY 1") == [
         ("a", "a", "ok"),
         ("b", "a", "ok"),
         ("c/unknown-3", "a", "unknown"),
+        ("e/failed-4", "a", "error"),
         ("o/in-flight-5", "a", "in_flight"),
     ]
 
@@ -338,8 +292,6 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
 
 
 def test_another_program_in_the_journal_is_named(tmp_path: Path) -> None:
-    import sqlite3
-
     with journal_at(tmp_path) as journal:
         asyncio.run(call(journal.of_run("a"), "x", ok()))
     other = sqlite3.connect(tmp_path / "journal.sqlite")
@@ -349,146 +301,3 @@ def test_another_program_in_the_journal_is_named(tmp_path: Path) -> None:
     other.close()
     with journal_at(tmp_path) as journal:
         assert journal.spent_usd("a") == 0.25
-
-
-def child(script: str, *arguments: str) -> subprocess.Popen[str]:
-    preface = "import sys; sys.path[:0] = sys.argv[1:3]; import test_store_journal as t"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    command = [sys.executable, "-c", f"{preface}\n{textwrap.dedent(script)}", *paths, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def test_a_full_disk_tells_everybody_and_acknowledges_nothing_falsely(tmp_path: Path) -> None:
-    script = """
-        import asyncio, resource, pathlib
-
-        async def ask(journal, n):
-            try:
-                await t.call(journal, f"call-{n}", t.ok(str(n) * 50))
-                print("kept", n, flush=True)
-            except t.UserError as error:
-                print("told", error, flush=True)
-
-        async def all_of_it(journal):
-            for start in range(0, 4000, 100):
-                await asyncio.gather(*(ask(journal, n) for n in range(start, start + 100)))
-
-        with t.journal_at(pathlib.Path(sys.argv[3])) as journal:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-            asyncio.run(all_of_it(journal.of_run("a")))
-    """
-    with child(script, str(tmp_path)) as process:
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-    kept = [int(line[5:]) for line in lines if line.startswith("kept ")]
-    told = [line for line in lines if line.startswith("told ")]
-    assert kept and told and len(kept) + len(told) == 4_000 and process.returncode == 0
-    assert all("cannot write to the store" in line and "free some space and resume" in line for line in told)
-
-    async def check(journal: BatchJournal) -> None:
-        found = await asyncio.gather(*(journal.known(f"call-{n}") for n in range(4_000)))
-        assert [n for n, reply in enumerate(found) if reply is not None] == sorted(kept)
-        assert found[kept[-1]] == ok(str(kept[-1]) * 50)
-        await call(journal, "call-next", ok())
-
-    with journal_at(tmp_path) as journal:
-        asyncio.run(check(journal.of_run("a")))
-
-
-KILLED = """
-    import asyncio, os, pathlib, threading, time
-
-    folder, round_ = pathlib.Path(sys.argv[3]), sys.argv[4]
-    provider = os.open(folder.parent / "provider", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-    async def ask(journal, name):
-        reply = await journal.known(name)
-        if reply is None:
-            await journal.intend(name, t.MODEL, 1.0)
-            os.write(provider, f"{name}\\n".encode())  # Billed half a dollar.
-            await asyncio.sleep(0.002)
-            reply = t.ok(name, usd=0.5)
-            await journal.answered(name, reply)
-        assert reply == t.ok(name, usd=0.5)
-        print(name, flush=True)
-
-    async def worker(journal, queue):
-        for n in queue:
-            await ask(journal, f"call-{n}")
-
-    async def workers(journal):
-        queue = iter(range(1_000_000))
-        await asyncio.gather(*(worker(journal, queue) for _ in range(64)))
-
-    def publishing(writer):
-        while True:
-            writer.publish()
-
-    with t.Store.create_or_open(folder).writer() as writer:
-        journal = writer.journal.of_run("run")
-        threading.Thread(target=publishing, args=(writer,), daemon=True).start()
-        asyncio.run(workers(journal))
-"""
-
-
-def test_kills_lose_nothing_acknowledged_and_double_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    acknowledged: list[str] = []
-    for round_ in range(4):
-        with child(KILLED, str(folder), str(round_)) as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline().strip() for _ in range(len(acknowledged) + 200 + 77 * round_)]
-            process.send_signal(signal.SIGKILL)
-            # The last line may be cut.
-            lines += [line.strip() for line in process.stdout if line.endswith("\n")]
-        acknowledged = sorted({*acknowledged, *lines})
-        with Store.open(folder).writer() as writer:
-            writer.publish()
-            journal = writer.journal
-            spent = journal.spent_usd("run")
-
-            async def check(journal: StoreJournal = journal, names: list[str] = acknowledged) -> None:
-                found = await asyncio.gather(*(journal.of_run("other").known(name) for name in names))
-                assert found == [ok(name, usd=0.5) for name in names]
-
-            asyncio.run(check())
-        sent = Counter((tmp_path / "provider").read_text().split())
-        [(stored, unknown_worst, unknown)] = rows(folder, "SELECT usd, unknown_worst_usd, unknown FROM costs")
-        billed = 0.5 * sent.total()
-        assert stored <= billed <= stored + unknown_worst and spent == stored + unknown_worst
-        assert unknown <= 64 * (round_ + 1)
-        # What was answered is never asked again: only unknown calls were sent more than once.
-        asked_again = {name for name, times in sent.items() if times > 1}
-        lost = {name for (name,) in rows(folder, "SELECT split(call_id, '/')[1] FROM calls WHERE status = 'unknown'")}
-        assert asked_again <= lost
-        [(calls, distinct)] = rows(folder, "SELECT count(*), count(DISTINCT call_id) FROM calls")
-        assert calls == distinct and calls >= len(acknowledged)
-
-
-def test_a_client_on_the_stores_journal_resumes_what_it_has_paid(tmp_path: Path) -> None:
-    prices = load_prices(own={"openai:model": {"input": 1.0, "cached": 0.1, "output": 10.0}})
-    requests = [Request((Message("user", f"Number {n}."),), max_tokens=50) for n in range(30)]
-
-    async def ask(url: str, journal: BatchJournal, budget: Budget) -> list[Reply]:
-        limits = Limits(total_s=1.0)
-        client = open_client(f"openai:model@{url}", journal=journal, budget=budget, prices=prices, limits=limits)
-        replies = await asyncio.gather(*(client.complete(request) for request in requests))
-        await client.close()
-        return replies
-
-    with serving() as server:
-        server.behave(faults=[{"kind": "cut_body", "first": 5}])
-        with journal_at(tmp_path) as journal:
-            budget = Budget(1.0)
-            first = asyncio.run(ask(server.openai_url, journal.of_run("a"), budget))
-            asked = len(server.log())
-        with journal_at(tmp_path) as journal:
-            assert journal.spent_usd("a") == pytest.approx(budget.spent_usd) and budget.spent_usd > 0
-            second = asyncio.run(ask(server.openai_url, journal.of_run("b"), Budget(0.0)))
-            assert journal.spent_usd("b") == 0
-        assert len(server.log()) == asked == 35
-    assert {reply.status for reply in first} == {"ok"} and all(reply.cached for reply in second)
-    assert [reply.text for reply in first] == [reply.text for reply in second]
-    publish(tmp_path)
-    [(answered, unknown)] = rows(tmp_path, "SELECT answered, unknown FROM costs")
-    assert (answered, unknown) == (30, 5) and os.path.getsize(tmp_path / "journal.sqlite") > 0

@@ -96,8 +96,8 @@ class StoreJournal:
         """Return once the entry is on the disk."""
         await self._wait(self._entries, entry)
 
-    async def open_batches(self, model: str) -> list[tuple[str, str | None, list[str]]]:
-        """Return nonce, provider's id and calls of the model's batches that have not landed."""
+    async def open_batches(self, model: str) -> list[tuple[str, list[str], str | None, float]]:
+        """Return the model's batches that have not landed (see `JournalFile.batches`)."""
         return await asyncio.wrap_future(self._put(lambda file: file.batches(model)))
 
     async def _wait(self, gathered: list[_Waiting], item: Any) -> Any:
@@ -240,8 +240,8 @@ class RunJournal:
     async def submissions(self, model: str) -> list[Submission]:
         """Return the batches of a model that have not landed, whichever run sent them, the oldest first."""
         return [
-            Submission(nonce, model, tuple(calls), batch)
-            for nonce, batch, calls in await self._journal.open_batches(model)
+            Submission(nonce, model, tuple(calls), batch, worst_usd)
+            for nonce, calls, batch, worst_usd in await self._journal.open_batches(model)
         ]
 
 
@@ -313,7 +313,7 @@ def _account(reply: Reply) -> dict[str, Any]:
 
 def _shown(reply: Reply) -> str | None:
     """Return why a call failed, up to the first quotation: servers quote requests, and readers are to see no corpus text."""
-    if reply.status != "error":
+    if reply.status not in ("rejected", "error"):
         return None
     said = _QUOTATION.split(reply.detail, maxsplit=1)[0][:_SHOWN_CHARS].strip()
     return _clean(said)

@@ -123,6 +123,8 @@ class JournalFile:
     def __init__(self, path: Path, settled: int = 0) -> None:
         """Open or make the file; calls are numbered after `settled`, the last that readers have seen."""
         self.path = path
+        self._left: dict[str, tuple[str, str, float]] = {}
+        """Run, model and worst case of calls that a batch has left out, until they are sent again or said to have failed."""
         try:
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
         except sqlite3.Error as error:
@@ -162,10 +164,17 @@ class JournalFile:
         """Return the packed replies of those calls that have one."""
         return dict(self._each("SELECT call, content FROM replies WHERE call IN ({})", calls))
 
-    def batches(self, model: str) -> list[tuple[str, str | None, list[str]]]:
-        """Return nonce, provider's id and calls of a model's batches that have not landed, in their order."""
-        query = "SELECT nonce, batch, calls FROM batches WHERE model = ? ORDER BY position"
-        return [(nonce, batch, _unpacked(calls)) for nonce, batch, calls in self._connection.execute(query, [model])]
+    def batches(self, model: str) -> list[tuple[str, list[str], str | None, float]]:
+        """Return a model's batches that have not landed, in their order.
+
+        Each with its nonce, its calls, the provider's id and the worst case of its calls without a reply, in USD.
+        """
+        query = (
+            "SELECT nonce, calls, batch, (SELECT coalesce(sum(worst_usd), 0.0) FROM intents WHERE intents.nonce = batches.nonce)"
+            " FROM batches WHERE model = ? ORDER BY position"
+        )
+        found = self._connection.execute(query, [model])
+        return [(nonce, json.loads(zlib.decompress(calls)), batch, usd) for nonce, calls, batch, usd in found]
 
     def spent_usd(self, run: str) -> float:
         """Return what a run's answered calls cost, and its unknown ones at most."""
@@ -242,6 +251,8 @@ class JournalFile:
         return [outcomes.get(id(entry)) for entry in entries]
 
     def _submit(self, entry: Submitting) -> None:
+        for call in entry.calls:
+            self._left.pop(call, None)
         calls = zlib.compress(json.dumps(list(entry.calls)).encode(), 1)
         self._connection.execute(
             "INSERT INTO batches (nonce, model, calls) VALUES (?, ?, ?)", [entry.nonce, entry.model, calls]
@@ -281,8 +292,9 @@ class JournalFile:
         answered, rows = [], []
         for answer in answers:
             # An answer without an intent is kept nevertheless: it was paid for.
-            unasked = (None, answer.run, answer.account["answered_by"] or "", answer.account["usd"] or 0.0)
-            entry, run, model, worst_usd = open_intents[answer.call].pop() if open_intents[answer.call] else unasked
+            unasked = (answer.run, answer.account["answered_by"] or "", answer.account["usd"] or 0.0)
+            left = (None, *self._left.pop(answer.call, unasked))
+            entry, run, model, worst_usd = open_intents[answer.call].pop() if open_intents[answer.call] else left
             answered.append(entry)
             rows.append(self._row(self._id(answer, final), run, model, worst_usd, **answer.account))
         self._insert(f"INSERT INTO calls (settled, {', '.join(CALL_COLUMNS)})", rows)
@@ -306,11 +318,12 @@ class JournalFile:
         found = self._connection.execute("SELECT batch FROM batches WHERE nonce = ?", [entry.nonce]).fetchone()
         if found is None:
             return
-        if found[0] is None:
-            # It never got to the provider, so no call of it was made.
-            self._connection.execute("DELETE FROM intents WHERE nonce = ?", [entry.nonce])
-        left = self._connection.execute("SELECT entry, call FROM intents WHERE nonce = ?", [entry.nonce]).fetchall()
-        undone = [intent for intent, call in left if call in entry.undone]
+        query = "SELECT entry, call, run, model, worst_usd FROM intents WHERE nonce = ?"
+        left = self._connection.execute(query, [entry.nonce]).fetchall()
+        self._left |= {call: (run, model, worst_usd) for _, call, run, model, worst_usd in left}
+        undone = [
+            intent for intent, call, *_ in left if call in entry.undone or found[0] is None
+        ]  # Without an id it never got there.
         list(self._each("DELETE FROM intents WHERE entry IN ({})", undone))
         self._give_up("nonce = ?", (entry.nonce,), f"nothing came of it in batch {found[0]}")
         self._connection.execute("DELETE FROM batches WHERE nonce = ?", [entry.nonce])
@@ -352,8 +365,3 @@ class JournalFile:
 
     def _value(self, query: str, *parameters: Any) -> Any:
         return self._connection.execute(query, parameters).fetchone()[0]
-
-
-def _unpacked(calls: bytes) -> list[str]:
-    found: list[str] = json.loads(zlib.decompress(calls))
-    return found
