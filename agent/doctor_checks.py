@@ -20,6 +20,8 @@ from exegete.tools.seeds import generator
 Outcome = Literal["ok", "lacking", "failed", "skipped"]
 """Has it; does without it; cannot; not looked at, for want of budget or of time."""
 
+NO_ANSWER = ("rejected", "error", "unknown")
+"""Statuses of calls that the model has not answered."""
 _MAX_TOKENS, _MAX_TOKENS_LOCAL = 512, 8
 """Of an answer: room for a model that reasons first; a local model need not go on for long."""
 _HELLO = "Reply with the single digit 1."
@@ -126,7 +128,7 @@ class TooDear(Exception):
 async def reach(own: Examination) -> list[Check]:
     """Ask the shortest question there is; "failed" where no answer comes."""
     reply = await own.ask(Request((Message("user", _HELLO),), max_tokens=own.max_tokens))
-    if reply.status in ("error", "unknown"):
+    if reply.status in NO_ANSWER:
         hint = next((hint for sign, hint in _HINTS if sign in reply.detail), "no run can use the model like this")
         return [Check("reachable", "failed", reply.detail, hint)]
     name = _name(own.client.name, reply.model)
@@ -214,7 +216,7 @@ async def _caching(own: Examination) -> list[Check]:
         if reply.usage.cached_input_tokens:
             break
     usage = reply.usage
-    if reply.status in ("error", "unknown"):
+    if reply.status in NO_ANSWER:
         return [Check(name, "failed", reply.detail)]
     if usage.cached_input_tokens:
         return [

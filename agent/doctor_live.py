@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from exegete.agent.doctor_checks import LOOKS, Check, Examination, TooDear, reach
+from exegete.agent.doctor_checks import LOOKS, NO_ANSWER, Check, Examination, TooDear, reach
 from exegete.tools.errors import UserError
 from exegete.tools.llm import (
     Budget,
@@ -92,7 +92,9 @@ def examine(
     if live.provider == "hf":
         client, scorer = _local(live, journal, limits, device)
     else:
-        client = open_client(live.name, journal=journal, budget=budget, prices=prices, limits=limits)
+        opened = open_client(live.name, journal=journal, budget=budget, prices=prices, limits=limits)
+        assert isinstance(opened, JournaledClient)  # Only `…-batch:` has another.
+        client = opened
     checks = asyncio.run(_examined(Examination(client, journal, budget, scorer)))
     if asked != live:
         checks.append(_batch(asked, prices))
@@ -146,7 +148,7 @@ def _spent(own: Examination) -> list[Check]:
         f"{sum(reply.attempts for reply in replies)} calls, {usage.input_tokens:,} input tokens ({usage.cached_input_tokens:,} "
         f"cached, {usage.cache_write_tokens:,} written to the cache), {usage.output_tokens:,} output tokens"
     )
-    took = sorted(reply.seconds for reply in replies if reply.status not in ("error", "unknown"))
+    took = sorted(reply.seconds for reply in replies if reply.status not in NO_ANSWER)
     checks = [_cost(own, counted, usage)]
     if took:
         said = f"{statistics.median(took):.2f} s a call (from {took[0]:.2f} to {took[-1]:.2f}, one at a time, n = {len(took)})"

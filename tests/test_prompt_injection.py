@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from exegete.evaluators import intervention, model_judge, output, written
 from exegete.evaluators.contract import Item
+from exegete.evaluators.effect_passages import Passage
 from exegete.tools.explainers import Explanation
 from exegete.tools.explainers.asking import shown
 from exegete.tools.explainers.clusters import Hypothesis
@@ -80,13 +81,13 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     "combined": lambda t: render("combined", windows=shown([window(t)]), effects=effects(t)).messages,
     "contrastive": lambda t: render("contrastive", windows=shown([window(t)]), silent=[window_line(tokens(t))]).messages,
     "detection": lambda t: model_judge.prompt("detection", said(t), [item(t), item(t)]).messages,
-    "effect_choice": lambda t: intervention._question(said(t), intervention.Passage(t, t, t), t, t).messages,
+    "effect_choice": lambda t: intervention._question(said(t), Passage(t, t, t), t, t).messages,
     "effect_description": lambda t: render("effect_description", passage=window_line([t, t])).messages,
     "fuzzing": lambda t: model_judge.prompt("fuzzing", said(t), [item(t), item(t)]).messages,
     "merge_senses": lambda t: render("merge_senses", hypotheses=[Hypothesis(3, said(t)), Hypothesis(2, said(t))]).messages,
     "one_shot": lambda t: render("one_shot", windows=shown([window(t), window(t)])).messages,
     "output": lambda t: render("output", effects=effects(t)).messages,
-    "output_choice": lambda t: output._question(said(t), [t, " b", t], [t, t]).messages,
+    "output_choice": lambda t: output._question(said(t), (t, " b", t), (t, t)).messages,
     "rating": lambda t: render("rating", explanation=line(t), windows=[window_line(tokens(t))]).messages,
     "repair": lambda t: repair_request(Request((Message("user", "Q"),), "{}"), Reply("unparsed", t, detail=t)).messages,
     "schema": lambda t: in_words(Request((Message("user", "Q"),), json.dumps({"title": t}))).messages,
