@@ -65,6 +65,8 @@ def _copy(connection: duckdb.DuckDBPyConnection, temporary: Path) -> None:
 
 def _finish(temporary: Path, folder: Path) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
+        # Looking at a damaged part ends a transaction, so before it begins.
+        statements = statements_for(snapshot, folder)
         # One transaction: two hundred comments would each wait for the disk.
         snapshot.begin()
         snapshot.execute(
@@ -72,7 +74,7 @@ def _finish(temporary: Path, folder: Path) -> None:
             " ?::VARCHAR AS code_version, ?::VARCHAR AS store",
             [utc_now(), schema_version(), version("exegete"), str(folder)],
         )
-        for statement in statements_for(snapshot, folder):
+        for statement in statements:
             snapshot.execute(statement)
         snapshot.commit()
 
