@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from exegete.tools.store.journal import StoreJournal
 
-_CALLS_IN_A_PART = 100_000
+_CALLS_IN_A_PART = 25_000
 
 
 class Writer:
