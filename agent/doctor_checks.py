@@ -174,6 +174,17 @@ def _is_json(text: str) -> bool:
     return True
 
 
+async def _temperature(own: Examination) -> list[Check]:
+    name = "temperature"
+    reply = await own.ask(Request((Message("user", _HELLO),), max_tokens=own.max_tokens, temperature=0.0))
+    if reply.status not in NO_ANSWER:
+        return [Check(name, "ok", "0 is taken")]
+    if name not in reply.detail.lower():
+        return [Check(name, "failed", reply.detail)]
+    means = "leave it out of the options of judge and explainer: calls that set it would all be failure rows"
+    return [Check(name, "lacking", f"0 is not taken: {reply.detail}", means)]
+
+
 async def _judging(own: Examination) -> list[Check]:
     prompt = render("detection", explanation=line(_EXPLAINED), windows=[window_line([text]) for text, _ in _PASSAGES])
     schema = verdict_schema(len(_PASSAGES))
@@ -280,6 +291,7 @@ async def _given_text(own: Examination) -> list[Check]:
 
 LOOKS: tuple[tuple[str, Callable[[Examination], Awaitable[list[Check]]]], ...] = (
     ("structured output", _structured),
+    ("temperature", _temperature),
     ("judging", _judging),
     ("prompt caching", _caching),
     ("given text", _given_text),

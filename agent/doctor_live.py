@@ -3,7 +3,8 @@
 1. Key and price are looked up before anything is sent. A check goes ahead only while its worst case fits into what is left
    of the budget; one that does not is skipped, and says so.
 2. A short question: is the server there, does it take the key, which model answers.
-3. A question that does not mention the schema of its answer: does the server hold the model to it.
+3. A question that does not mention the schema of its answer: does the server hold the model to it. A question at
+   temperature 0, which many models do not take.
 4. The judge's own prompt on three passages, of which one tells the judge what to answer: verdicts and log-probabilities.
 5. A long beginning sent twice with different ends: does the provider's usage count cached tokens.
 6. For `hf:` models, log-probabilities of given text. For `…-batch:` models, the live endpoint of the same model.

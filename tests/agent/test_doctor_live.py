@@ -77,6 +77,7 @@ def test_a_model_that_has_everything(server: Running, provider: str) -> None:
         "reachable": "ok",
         "model": "ok",
         "structured output": "ok",
+        "temperature": "ok",
         "judging": "ok",
         "log-probabilities": "ok" if provider == "openai" else "lacking",
         "prompt caching": "ok",
@@ -101,7 +102,7 @@ def test_a_handful_of_calls_and_what_they_cost(server: Running, provider: str) -
     good(server)
     cost = check(examined(server, provider), "cost").found
     log = [row for row in server.log() if row["status"] == 200]
-    assert len(log) == 5 and cost.startswith("5 calls, ")
+    assert len(log) == 6 and cost.startswith("6 calls, ")
     assert "of 0.05 allowed, at 1 in and 5 out per million tokens" in cost
     spent = float(cost.split(" USD")[0].rsplit(" ", 1)[1])
     assert 0.001 < spent < 0.05
@@ -141,6 +142,14 @@ def test_schemas_that_are_taken_and_not_kept(server: Running, provider: str) -> 
     assert found.outcome == "lacking" and "does not hold the answer to it" in found.found
 
 
+def test_a_model_that_takes_no_temperature(server: Running, provider: str) -> None:
+    good(server, temperature="rejected")
+    diagnosis = examined(server, provider)
+    found = check(diagnosis, "temperature")
+    assert diagnosis.usable and found.outcome == "lacking" and "leave it out" in found.means
+    assert check(diagnosis, "judging").outcome == "ok"
+
+
 def test_a_model_that_never_fits_a_schema_cannot_be_used(server: Running, provider: str) -> None:
     good(server, faults=[{"kind": "not_json", "after": 1}])
     diagnosis = examined(server, provider)
@@ -159,7 +168,7 @@ def test_refusals_are_told_with_their_reason(server: Running, provider: str) -> 
     good(server, faults=[{"kind": "refusal", "containing": "three shells"}])
     diagnosis = examined(server, provider)
     found = check(diagnosis, "refusals")
-    assert found.outcome == "lacking" and "1 of 6 calls: refused: " in found.found and "failure rows" in found.means
+    assert found.outcome == "lacking" and "1 of 7 calls: refused: " in found.found and "failure rows" in found.means
     assert check(diagnosis, "judging").outcome == "failed" and diagnosis.usable
 
 
@@ -205,7 +214,7 @@ def test_a_budget_that_is_too_small_for_some_checks(server: Running, provider: s
     none = examined(server, provider, max_usd=0.006)
     assert none.usable and check(none, "prompt caching").outcome == "skipped"
     assert "not looked at: it may cost" in check(none, "prompt caching").found
-    assert "4 calls" not in check(none, "cost").found
+    assert check(none, "cost").found.startswith("3 calls")
 
 
 @pytest.mark.parametrize("max_usd", [0.0005, 0.003, 0.01, 0.02])
