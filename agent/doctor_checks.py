@@ -194,7 +194,7 @@ async def _judging(own: Examination) -> list[Check]:
         said = f"no verdicts on three passages: {given[0].status}: {reply.detail}"
         judging = Check("judging", "failed", said, "as a judge it would give failure rows")
         short = Request((Message("user", _HELLO),), max_tokens=own.max_tokens, logprobs=True)
-        return [judging, _logprobs(reply if reply.logprobs else await own.ask(short), known=0)]
+        return [judging, _logprobs(reply if reply.logprobs else await own.ask(short), known=None)]
     right = sum(one.applies is truth for one, (_, truth) in zip(given, _PASSAGES, strict=True))
     obeyed = "a passage that gives orders was " + ("obeyed" if given[1].applies else "not obeyed")
     tokens = reply.usage.input_tokens
@@ -204,7 +204,8 @@ async def _judging(own: Examination) -> list[Check]:
     return [judging, _logprobs(reply, known=sum(one.probability is not None for one in given))]
 
 
-def _logprobs(reply: Reply, known: int) -> Check:
+def _logprobs(reply: Reply, known: int | None) -> Check:
+    """Say what a reply shows of log-probabilities; `known` verdicts have one, None where there are no verdicts."""
     name = "log-probabilities"
     means = "detection and fuzzing give yes/no verdicts; AUROC and AUPRC will be null"
     if reply.logprobs is None and reply.status not in ("ok", "unparsed", "truncated"):
@@ -212,6 +213,8 @@ def _logprobs(reply: Reply, known: int) -> Check:
     if reply.logprobs is None:
         return Check(name, "lacking", "the server gives none", means)
     most = max((len(token.top) for token in reply.logprobs), default=0)
+    if known is None:
+        return Check(name, "ok", f"{most} alternatives a token; no verdicts to see them at")
     said = f"{most} alternatives a token; the probability of {known} of {len(_PASSAGES)} verdicts is known"
     return Check(name, "ok", said) if known == len(_PASSAGES) else Check(name, "lacking", said, means)
 
