@@ -14,12 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 import anthropic
-import httpx2
 from anthropic.types import Message as Answer
 
 from exegete.tools.llm.contract import Message, Reply, Request, Status, Usage
 from exegete.tools.llm.faults import Transient
-from exegete.tools.llm.openai_client import connections
 from exegete.tools.llm.pacing import Limits
 from exegete.tools.llm.specs import Spec
 from exegete.tools.llm.structured import in_words, schema_value
@@ -34,39 +32,10 @@ class AnthropicWire(SdkWire):
 
     def __init__(self, spec: Spec, limits: Limits) -> None:
         """Open a client; nothing is sent yet. Raises UserError where the key is missing."""
-        key = spec.key()
-        super().__init__(spec, limits, anthropic, _WAYS, key)
-        self._client = anthropic.AsyncAnthropic(
-            # Without one the SDK would look for other credentials, which may belong to another server.
-            api_key=key or "none",
-            base_url=spec.base_url,
-            max_retries=0,
-            timeout=httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None),
-            http_client=anthropic.DefaultAsyncHttpxClient(limits=connections(limits)),
-        )
+        super().__init__(spec, limits, anthropic, _WAYS, "/v1/messages", Answer)
+        self._client: anthropic.AsyncAnthropic = anthropic.AsyncAnthropic(**self._options())
 
-    async def send(self, request: Request) -> Reply:
-        """Return the reply to one request, sent once (again only where the server lacks something)."""
-        return await self._send(request, self._ask)
-
-    async def close(self) -> None:
-        """Give connections back."""
-        await self._client.close()
-
-    async def _ask(self, request: Request, way: str, alternatives: int) -> Reply:
-        body = self.body(request, way)
-        # The SDK has no argument for the temperature; the protocol has.
-        extra = {"temperature": body.pop("temperature")} if "temperature" in body else None
-        answer: Any = await self._client.messages.create(**body, extra_body=extra)
-        if not isinstance(answer, Answer):
-            raise Transient("broken reply: no JSON object", sent=True)
-        try:
-            return self.reply_of(answer, request.schema)
-        except (AttributeError, TypeError) as error:
-            # The SDK takes whatever shape comes.
-            raise Transient(f"broken reply: {error}", sent=True) from None
-
-    def body(self, request: Request, way: str = _WAYS[0]) -> dict[str, Any]:
+    def body(self, request: Request, way: str = _WAYS[0], alternatives: int = 0) -> dict[str, Any]:
         """Return the body of a message request."""
         asked = in_words(request) if way == "words" else request
         turns = [_block(message, number == request.shared) for number, message in enumerate(asked.messages, 1)]
@@ -100,6 +69,9 @@ class AnthropicWire(SdkWire):
         text = "".join(_text(block, schema) for block in answer.content)
         status, detail = _status(answer, text)
         return Reply(status, text, model=answer.model or "", usage=_usage(answer), detail=self._scrub(detail))
+
+    def _read(self, answer: Any, request: Request, asked: tuple[bool, bool]) -> Reply:
+        return self.reply_of(answer, request.schema)
 
 
 def _block(message: Message, cached: bool) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from exegete.tools.seeds import digest
 
+_as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 Role = Literal["system", "user", "assistant"]
 
 Status = Literal["ok", "unparsed", "refused", "truncated", "filtered", "empty", "error", "unknown"]
@@ -52,7 +53,17 @@ class Request:
 
     def id(self, model: str) -> str:
         """Return the content address of this request to `model`: `sha256:…`."""
-        return digest(model, json.dumps(asdict(self), sort_keys=True, ensure_ascii=False))
+        content = {
+            "logprobs": self.logprobs,
+            "max_tokens": self.max_tokens,
+            "messages": [{"role": message.role, "text": message.text} for message in self.messages],
+            "prompt_digest": self.prompt_digest,
+            "sample": self.sample,
+            "schema": self.schema,
+            "shared": self.shared,
+            "temperature": self.temperature,
+        }
+        return digest(model, _as_json(content))
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,8 @@ class JournaledClient:
             raise
         except (Transient, Declined) as fault:
             reply = Reply(fault.status if isinstance(fault, Declined) else "error", detail=str(fault))
-        reply = replace(reply, seconds=time.perf_counter() - begun, attempts=max(1, sending.attempts))
+        seconds = time.perf_counter() - begun
+        reply = replace(reply, usd=sending.usd, seconds=seconds, attempts=max(1, sending.attempts))
         await self._journal.answered(call, reply)
         return reply
 
@@ -130,7 +131,7 @@ class JournaledClient:
             await self._intend(sending)
             sending.attempts += 1
             reply = validated(await self._wire.send(sending.request), sending.request.schema)
-            cost = self._cost(reply, sending.worst_usd)
+            cost = sending.usd = self._cost(reply, sending.worst_usd)
         except Transient as fault:
             cost = sending.worst_usd if fault.sent else 0.0
             await self._lost(sending, fault, slot)
@@ -148,7 +149,7 @@ class JournaledClient:
             if self._budget is not None:
                 self._budget.settle(sending.worst_usd, cost)
         self.pacer.answered(slot, reply.usage.input_tokens + reply.usage.output_tokens or slot.tokens)
-        return replace(reply, usd=cost)
+        return reply
 
     async def _turn(self, sending: _Call) -> Slot:
         self._sending.discard(sending.call)
@@ -194,12 +195,14 @@ class JournaledClient:
 class _Call:
     """One request on its way."""
 
-    __slots__ = ("attempts", "call", "intended", "request", "tokens", "worst_usd")
+    __slots__ = ("attempts", "call", "intended", "request", "tokens", "usd", "worst_usd")
 
     def __init__(self, call: str, request: Request, worst_usd: float) -> None:
         self.call = call
         self.request = request
         self.worst_usd = worst_usd
+        self.usd = 0.0
+        """What it cost, once it is answered."""
         self.tokens = _TOKENS_PER_BYTE * most_input_tokens(request)
         self.attempts = 0
         self.intended = False

@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-import httpx2
 import openai
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
@@ -30,34 +30,8 @@ class OpenAIWire(SdkWire):
 
     def __init__(self, spec: Spec, limits: Limits) -> None:
         """Open a client; nothing is sent yet. Raises UserError where the key is missing."""
-        key = spec.key()
-        super().__init__(spec, limits, openai, _WAYS, key)
-        self._client = openai.AsyncOpenAI(
-            # The SDK insists on a key; servers that need none ignore it.
-            api_key=key or "none",
-            base_url=spec.base_url,
-            max_retries=0,
-            timeout=httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None),
-            http_client=openai.DefaultAsyncHttpxClient(limits=connections(limits)),
-        )
-
-    async def send(self, request: Request) -> Reply:
-        """Return the reply to one request, sent once (again only where the server lacks something)."""
-        return await self._send(request, self._ask)
-
-    async def close(self) -> None:
-        """Give connections back."""
-        await self._client.close()
-
-    async def _ask(self, request: Request, way: str, alternatives: int) -> Reply:
-        completion: Any = await self._client.chat.completions.create(**self.body(request, way, alternatives))
-        if not isinstance(completion, ChatCompletion):
-            raise Transient("broken reply: no JSON object", sent=True)
-        try:
-            return self.reply_of(completion, (bool(way) and way != "words", alternatives > 0))
-        except (AttributeError, TypeError) as error:
-            # The SDK takes whatever shape comes.
-            raise Transient(f"broken reply: {error}", sent=True) from None
+        super().__init__(spec, limits, openai, _WAYS, "/chat/completions", ChatCompletion)
+        self._client: openai.AsyncOpenAI = openai.AsyncOpenAI(**self._options())
 
     def body(self, request: Request, way: str = _WAYS[0], alternatives: int = 20) -> dict[str, Any]:
         """Return the body of a chat completion request."""
@@ -97,17 +71,15 @@ class OpenAIWire(SdkWire):
             detail=self._scrub(detail),
         )
 
+    def _read(self, answer: Any, request: Request, asked: tuple[bool, bool]) -> Reply:
+        return self.reply_of(answer, asked)
+
     def _instead(self, completion: ChatCompletion, asked: tuple[bool, bool]) -> Exception:
         error = (completion.model_extra or {}).get("error")
         if isinstance(error, dict) and isinstance(code := error.get("code"), int) and 400 <= code < 600:
             text = self._scrub(str(error.get("message", "")))
             return fault_of(self.name, self._spec.key_variable, code, text, {}, asked)
         return Transient("broken reply: no choices in it", sent=True)
-
-
-def connections(limits: Limits) -> httpx2.Limits:
-    """Return a pool that holds one connection for every call in flight."""
-    return httpx2.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
 
 
 def strict(schema: Any) -> bool:
@@ -123,6 +95,7 @@ def strict(schema: Any) -> bool:
     return not {"oneOf", "allOf", "not", "uniqueItems"} & schema.keys() and all(map(strict, schema.values()))
 
 
+@lru_cache(maxsize=256)
 def _response_format(schema: str, way: str) -> dict[str, Any]:
     if way == "json_object":
         return {"type": "json_object"}

@@ -47,10 +47,10 @@ def parse(text: str, schema: str) -> Any:
         NotFitting: there is none, more than one, or it does not fit.
         ValueError: `schema` is no JSON Schema.
     """
-    value = _value(text.rpartition("</think>")[2].strip())
-    error = best_match(_validator(schema).iter_errors(value))
-    if error is not None:
-        raise NotFitting(f"at {error.json_path}: {error.message[:_WHY_CHARS]}")
+    bare = text.rpartition("</think>")[2].strip()
+    value = _value(bare)
+    if (complaint := _complaint(bare, schema)) is not None:
+        raise NotFitting(complaint)
     return value
 
 
@@ -88,6 +88,13 @@ def schema_value(schema: str) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Draft202012Validator:
     return Draft202012Validator(schema_value(schema))
+
+
+@lru_cache(maxsize=1_024)
+def _complaint(text: str, schema: str) -> str | None:
+    # Remembered, since holding an answer against a schema takes long and there are only 32 answers of five verdicts.
+    error = best_match(_validator(schema).iter_errors(_value(text)))
+    return None if error is None else f"at {error.json_path}: {error.message[:_WHY_CHARS]}"
 
 
 def _value(text: str) -> Any:

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import httpx2
 
 from exegete.tools.errors import UserError
+from exegete.tools.llm.connections import Lanes
 from exegete.tools.llm.contract import Reply, Request
 from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained, fault_of, scrub
 from exegete.tools.llm.pacing import Limits
@@ -79,23 +81,50 @@ class Abilities:
         return True
 
 
-class SdkWire:
+class SdkWire(ABC):
     """Base of both wires."""
 
-    def __init__(self, spec: Spec, limits: Limits, sdk: Any, ways: tuple[str, ...], key: str | None) -> None:
+    _client: Any
+    """Of the SDK, its own retries off."""
+
+    def __init__(self, spec: Spec, limits: Limits, sdk: Any, ways: tuple[str, ...], path: str, kind: type) -> None:
+        """Remember what the two SDKs differ in. Raises UserError where the key is missing.
+
+        Args:
+            spec: of the model.
+            limits: timeouts, and calls in flight.
+            sdk: the module `openai` or `anthropic`.
+            ways: of asking for a schema, the server's own way first.
+            path: where requests are posted.
+            kind: the SDK's class of an answer.
+        """
         self.name = spec.name
-        self._key = key
+        self.abilities = Abilities(ways)
+        self._key = spec.key()
         self._spec = spec
         self._limits = limits
         self._sdk = sdk
-        self.abilities = Abilities(ways)
+        self._path = path
+        self._kind = kind
 
-    async def _send(self, request: Request, ask: Callable[[Request, str, int], Awaitable[Reply]]) -> Reply:
+    def _options(self) -> dict[str, Any]:
+        """Return what the SDK's client takes."""
+        return {
+            # Without a key the SDKs complain, or look for other credentials, which may belong to another server.
+            "api_key": self._key or "none",
+            "base_url": self._spec.base_url,
+            "max_retries": 0,
+            "timeout": httpx2.Timeout(self._limits.total_s, connect=self._limits.connect_s, pool=None),
+            "http_client": Lanes(self._sdk.DefaultAsyncHttpxClient),
+        }
+
+    async def send(self, request: Request) -> Reply:
+        """Return the reply to one request, sent once (again only where the server lacks something)."""
         while True:
             way = self.abilities.way if request.schema is not None else ""
             alternatives = self.abilities.alternatives if request.logprobs else 0
             try:
-                reply = await self._once(request, way, alternatives, ask)
+                reply = await self._once(request, way, alternatives)
             except Lacking as lacking:
                 if self.abilities.lower(lacking, way, alternatives):
                     continue
@@ -105,11 +134,32 @@ class SdkWire:
             self.abilities.has_answered = True
             return reply
 
-    async def _once(
-        self, request: Request, way: str, alternatives: int, ask: Callable[[Request, str, int], Awaitable[Reply]]
-    ) -> Reply:
+    async def close(self) -> None:
+        """Give connections back."""
+        await self._client.close()
+
+    @abstractmethod
+    def body(self, request: Request, way: str, alternatives: int) -> dict[str, Any]:
+        """Return the body of a request. Parts of it may be shared between requests: leave it as it is."""
+
+    @abstractmethod
+    def _read(self, answer: Any, request: Request, asked: tuple[bool, bool]) -> Reply:
+        """Return an answer of the SDK's as a reply."""
+
+    async def _once(self, request: Request, way: str, alternatives: int) -> Reply:
         asked = (bool(way) and way != "words", alternatives > 0)
-        return await self._within(self._limits.total_s, lambda: ask(request, way, alternatives), asked)
+        return await self._within(self._limits.total_s, lambda: self._ask(request, way, alternatives, asked), asked)
+
+    async def _ask(self, request: Request, way: str, alternatives: int, asked: tuple[bool, bool]) -> Reply:
+        # Not by the SDK's method for it: that may walk through the whole body once more, which costs more than the call.
+        answer = await self._client.post(self._path, body=self.body(request, way, alternatives), cast_to=self._kind)
+        if not isinstance(answer, self._kind):
+            raise Transient("broken reply: no JSON object", sent=True)
+        try:
+            return self._read(answer, request, asked)
+        except (AttributeError, TypeError) as error:
+            # The SDK takes whatever shape comes.
+            raise Transient(f"broken reply: {error}", sent=True) from None
 
     async def _within(
         self, seconds: float, call: Callable[[], Awaitable[Answer]], asked: tuple[bool, bool] = (False, False)
