@@ -13,7 +13,7 @@ from exegete.tools.windows import LatentEvidence, Window
 
 Task = Literal["detection", "fuzzing"]
 VerdictStatus = Literal[
-    "ok", "unparsed", "wrong_length", "refused", "truncated", "filtered", "empty", "error", "no_predicate"
+    "ok", "unparsed", "wrong_length", "refused", "truncated", "filtered", "empty", "rejected", "error", "no_predicate"
 ]
 
 

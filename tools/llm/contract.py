@@ -19,9 +19,10 @@ from exegete.tools.seeds import digest
 _as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 Role = Literal["system", "user", "assistant"]
 
-Status = Literal["ok", "unparsed", "refused", "truncated", "filtered", "empty", "error", "unknown"]
+Status = Literal["ok", "unparsed", "refused", "truncated", "filtered", "empty", "rejected", "error", "unknown"]
 """ok; no valid JSON after one repair; the model declined; cut at `max_tokens`; stopped by a content filter; no text; the
-provider failed for good (`detail` says how); sent, but killed before the reply was written down."""
+server does not take this request, however often it is asked (too long, malformed); the provider failed for good (`detail`
+says how); sent, but killed before the reply was written down. Only the last two are ever asked again."""
 
 
 @dataclass(frozen=True, slots=True)

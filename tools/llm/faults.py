@@ -96,7 +96,7 @@ def fault_of(
 def _declined(code: int, text: str) -> Status | None:
     if _FILTERED.search(text):
         return "filtered"
-    return "error" if code == 413 or _TOO_LONG.search(text) or _BAD_TEXT.search(text) else None
+    return "rejected" if code == 413 or _TOO_LONG.search(text) or _BAD_TEXT.search(text) else None
 
 
 def _lasting(name: str, code: int, text: str, asked: tuple[bool, bool]) -> Exception:

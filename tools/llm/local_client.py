@@ -82,7 +82,7 @@ class LocalModel:
         prompt = self._prompt(in_words(request).messages)
         if len(prompt) + request.max_tokens > self._most_tokens:
             raise Declined(
-                "error",
+                "rejected",
                 f"{len(prompt)} tokens and max_tokens={request.max_tokens} are more than the context of {self._most_tokens}",
             )
         torch.manual_seed(derive_seed(0, "local", request.id(self.name)) % (1 << 63))
@@ -110,7 +110,7 @@ class LocalModel:
         if self._tokenizer.chat_template:
             turns = [{"role": message.role, "content": message.text} for message in messages]
             text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return self._ids("\n\n".join(message.text for message in messages))
 
     def _token_logprobs(self, written: Sequence[int], logits: Sequence[torch.Tensor]) -> tuple[TokenLogprob, ...]:
@@ -132,7 +132,8 @@ class LocalModel:
         return int(pad if pad is not None else self._tokenizer.eos_token_id or 0)
 
     def _ids(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text)["input_ids"])
+        # Without the warning of transformers where a text is long: that is said in our own words.
+        ids = list(self._tokenizer(text, verbose=False)["input_ids"])
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         # Not every tokenizer puts the token in front that the model was trained with; none should end the text.
         if bos is not None and ids[:1] != [bos]:

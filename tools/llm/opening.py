@@ -81,7 +81,7 @@ async def gives_logprobs(client: Client) -> bool:
     """
     question = Request((Message("user", "Reply with the single digit 1."),), max_tokens=16, logprobs=True)
     reply = await client.complete(question)
-    if reply.status in ("error", "unknown"):
+    if reply.status in ("rejected", "error", "unknown"):
         raise UserError(f"{client.name}: no answer to a first question: {reply.detail}")
     return reply.logprobs is not None
 

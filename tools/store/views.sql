@@ -189,7 +189,7 @@ COMMENT ON COLUMN calls.run IS 'The run that made it; a later run that asks the 
 COMMENT ON COLUMN calls.provider IS 'openai, anthropic, openai-batch, anthropic-batch or hf.';
 COMMENT ON COLUMN calls.model IS 'The model as it was asked for, with the URL of the server where one was given.';
 COMMENT ON COLUMN calls.answered_by IS 'The model as the server names it.';
-COMMENT ON COLUMN calls.status IS 'ok, unparsed, refused, truncated, filtered, empty, error, unknown (sent, and no reply seen) or in_flight (when this was published).';
+COMMENT ON COLUMN calls.status IS 'ok, unparsed, refused, truncated, filtered, empty, rejected (this request, for ever), error (the provider failed), unknown (sent, and no reply seen) or in_flight (when this was published).';
 COMMENT ON COLUMN calls.input_tokens IS 'Tokens sent, cached ones included, as the provider counted them.';
 COMMENT ON COLUMN calls.cached_tokens IS 'Tokens sent that the provider had cached.';
 COMMENT ON COLUMN calls.cache_write_tokens IS 'Tokens sent that the provider put into its cache.';
@@ -203,8 +203,8 @@ COMMENT ON COLUMN calls.noted_at IS 'When the reply was written down; for a call
 
 CREATE VIEW costs AS
 SELECT coalesce(r.run, c.run) AS run, c.model, count(c.call_id) AS calls,
-       count(*) FILTER (c.status NOT IN ('error', 'unknown', 'in_flight')) AS answered,
-       count(*) FILTER (c.status = 'error') AS failed,
+       count(*) FILTER (c.status NOT IN ('rejected', 'error', 'unknown', 'in_flight')) AS answered,
+       count(*) FILTER (c.status IN ('rejected', 'error')) AS failed,
        count(*) FILTER (c.status = 'unknown') AS unknown,
        count(*) FILTER (c.status = 'in_flight') AS in_flight,
        coalesce(sum(c.input_tokens), 0)::BIGINT AS input_tokens,

@@ -61,9 +61,9 @@ def test_error_in_place_of_choices() -> None:
 @pytest.mark.parametrize(
     ("code", "message", "status"),
     [
-        (400, "This model's maximum context length is 8192 tokens", "error"),
-        (400, "prompt is too long: 210000 tokens > 200000 maximum", "error"),
-        (413, "Request too large", "error"),
+        (400, "This model's maximum context length is 8192 tokens", "rejected"),
+        (400, "prompt is too long: 210000 tokens > 200000 maximum", "rejected"),
+        (413, "Request too large", "rejected"),
         (400, "The response was filtered: content management policy", "filtered"),
         (403, "flagged by moderation", "filtered"),
     ],

@@ -214,7 +214,7 @@ def test_rejected_before_the_first_answer_stops_after_it_is_one_failure(server: 
         await client.close()
         return replies[0], replies[1], replies[2]
 
-    assert [reply.status for reply in asyncio.run(ask())] == ["ok", "error", "ok"]
+    assert [reply.status for reply in asyncio.run(ask())] == ["ok", "rejected", "ok"]
 
 
 def test_keys_reach_their_server_and_nothing_else(
@@ -312,7 +312,7 @@ def test_no_conversation(opened: Opening, roles: list[Any]) -> None:
 
 def test_half_a_character_is_one_failure(opened: Opening) -> None:
     (reply,) = asked(opened(MemoryJournal()), question("\ud800"))
-    assert reply.status == "error" and "surrogate" in reply.detail
+    assert reply.status == "rejected" and "surrogate" in reply.detail
 
 
 def test_nothing_listens(provider: str) -> None:

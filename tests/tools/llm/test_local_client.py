@@ -102,4 +102,4 @@ def test_sampling_depends_on_the_request_alone() -> None:
 
 def test_a_prompt_beyond_the_context_is_one_failure() -> None:
     reply = completed(Request((Message("user", PROMPT),), max_tokens=600))
-    assert reply.status == "error" and "512" in reply.detail
+    assert reply.status == "rejected" and "512" in reply.detail
