@@ -42,7 +42,7 @@ class Carrier:
             await self._stop(batch, error)
             return
         except Transient as fault:
-            await self._unmade(batch, fault)
+            await (self._look_for(batch, fault) if batch.unsure else self._unmade(batch, fault))
         except asyncio.CancelledError:
             if not batch.written:
                 for call in batch.calls.values():
@@ -66,7 +66,8 @@ class Carrier:
         """Let batches that are being made get their ids."""
         await self._maker.close()
 
-    async def _look_for(self, batch: OpenBatch) -> None:
+    async def _look_for(self, batch: OpenBatch, why: Transient | None = None) -> None:
+        """Find a batch that may have been made. Where it was not, its calls fail if making it had failed (`why`)."""
         try:
             await self._parts.persist(lambda: self._maker.find(batch))
         except UserError as error:
@@ -74,14 +75,13 @@ class Carrier:
         except (Transient, Declined, Unexplained) as fault:
             self._give_up(batch, f"it is not known whether a batch was made: {fault}")
         else:
-            if batch.batch is None:
+            if batch.batch is None and why is None:
                 await self._reader.land(batch, counted=False)
+            elif batch.batch is None:
+                await self._unmade(batch, why)
 
-    async def _unmade(self, batch: OpenBatch, fault: Transient) -> None:
-        if batch.unsure:
-            await self._look_for(batch)
-            return
-        batch.missing = dict.fromkeys(batch.calls.values(), f"no batch could be made: {fault}")
+    async def _unmade(self, batch: OpenBatch, why: Transient | None) -> None:
+        batch.missing = dict.fromkeys(batch.calls.values(), f"no batch could be made: {why}")
         await self._reader.land(batch, last=True)
 
     async def _follow(self, batch: OpenBatch) -> None:

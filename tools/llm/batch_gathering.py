@@ -151,7 +151,7 @@ class Gatherer:
         if file.size_with(line) > self.max_bytes:
             self._settle(worst_usd)
             detail = f"a request of {len(line)} bytes, but a batch holds {self.max_bytes}"
-            self._parts.desk.resolve(waiting.call, Reply("error", detail=detail))
+            self._parts.desk.resolve(waiting.call, Reply("rejected", detail=detail))
             return
         file.add(waiting.call, worst_usd, line)
         waiting.submissions += 1

@@ -68,7 +68,7 @@ class Reader:
             )
         names = {call: name for name, call in batch.calls.items()}
         if batch.refusal is None:
-            await self._answer(batch, {names[c]: Reply("error", detail=why) for c, why in batch.unexplained.items()})
+            await self._answer(batch, {names[c]: Reply("rejected", detail=why) for c, why in batch.unexplained.items()})
         await self.land(batch)
         if batch.refusal is not None:
             raise batch.refusal
@@ -117,10 +117,11 @@ class Reader:
             reply = result.reply
             if reply is not None:
                 self._parts.wire.abilities.has_answered = True
+                reply = self._paid(batch, call, reply)
             elif result.fault is not None:
                 reply = await self._of_fault(batch, call, result.fault)
             if reply is not None:
-                replies[result.custom_id] = self._finished(batch, call, reply)
+                replies[result.custom_id] = self._timed(call, reply)
         await self._answer(batch, replies)
 
     async def _answer(self, batch: OpenBatch, replies: dict[str, Reply]) -> None:
@@ -146,7 +147,7 @@ class Reader:
             if batch.taught is None:
                 batch.taught = self._parts.wire.abilities.lower(fault, *batch.asked)
             if not batch.taught:
-                return Reply("error", detail=str(fault))
+                return Reply("rejected", detail=str(fault))
         if isinstance(fault, UserError):
             batch.refusal = batch.refusal or fault
         if isinstance(fault, Unexplained):
@@ -159,19 +160,21 @@ class Reader:
         await self._parts.journal.intend(f"{call}/lost-{uuid.uuid4().hex[:12]}", self._parts.wire.name, worst_usd)
         self._parts.settle(batch, call, worst_usd)
 
-    def _finished(self, batch: OpenBatch, call: str, reply: Reply) -> Reply:
-        """Return a reply with its price, held against the schema where that is known."""
+    def _paid(self, batch: OpenBatch, call: str, reply: Reply) -> Reply:
+        """Return an answer with its price, held against the schema where that is known."""
         waiting, price = self._parts.desk.waiting.get(call), self._parts.price
-        usd = 0.0
-        if price is not None and reply.status != "error":
+        if price is not None:
             # A server that counts nothing may still charge.
             unknown = reply.usage == Usage()
             usd = batch.worst_usd.get(call, 0.0) if unknown else price.usd(reply.usage, batch=True)
+            reply = replace(reply, usd=usd)
+        return reply if waiting is None else validated(reply, waiting.request.schema)
+
+    def _timed(self, call: str, reply: Reply) -> Reply:
+        waiting = self._parts.desk.waiting.get(call)
         if waiting is None:
-            return replace(reply, usd=usd)
-        seconds = time.perf_counter() - waiting.begun
-        attempts = max(1, waiting.submissions)
-        return replace(validated(reply, waiting.request.schema), usd=usd, seconds=seconds, attempts=attempts)
+            return reply
+        return replace(reply, seconds=time.perf_counter() - waiting.begun, attempts=max(1, waiting.submissions))
 
 
 def _lines(file: BinaryIO) -> Iterable[list[bytes]]:

@@ -92,7 +92,7 @@ class BatchClient:
         try:
             call = request.id(self.name)
         except UnicodeEncodeError:
-            return Reply("error", detail="the text holds half a surrogate pair, which cannot be sent")
+            return Reply("rejected", detail="the text holds half a surrogate pair, which cannot be sent")
         waiting = self._parts.desk.waiting.get(call)
         if waiting is not None:
             return replace(await asyncio.shield(waiting.future), cached=True)
