@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -127,8 +128,13 @@ class Models:
             self._embedders[wanted] = SentenceEmbedder(wanted, device=self._config.device)
         return self._embedders[wanted]
 
-    async def close(self) -> None:
-        """Let calls in flight land, and give connections back."""
+    async def __aenter__(self) -> Models:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        """Let calls in flight land and give connections back; but not where the run was stopped at once."""
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            return
         for client in self._clients.values():
             await client.close()
 

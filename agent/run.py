@@ -121,16 +121,15 @@ async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, A
     latents = _chosen(config, evidence)
     models = Models(config.models, lambda: writer.journal.of_run(run_id), here.budget)
     try:
-        bench = open_workbench(config, here.inputs, evidence, latents, models)
-        await _pilot(here, evidence, latents, bench, run_id)
-        await _label(here, evidence, latents, bench, run_id)
-        await _floors(here, evidence, bench, run_id)
+        async with models:
+            bench = open_workbench(config, here.inputs, evidence, latents, models)
+            await _pilot(here, evidence, latents, bench, run_id)
+            await _label(here, evidence, latents, bench, run_id)
+            await _floors(here, evidence, bench, run_id)
     except BaseException:
         with suppress(UserError):  # As above; a run that is still marked as running is resumed all the same.
             writer.finish_run(run_id, "interrupted")
         raise
-    finally:
-        await models.close()
     results = writer.results(run_id, evidence.dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     statuses = evidence.statuses
