@@ -9,7 +9,8 @@
    the hook point, random directions fire on predictable tokens and are truly explained; the shuffled bar asks whether an
    explanation holds, this one whether it holds better than an explanation of a random direction does
    (`benchmarks.random_dictionary`; cf. Heap et al. 2025, "Sparse autoencoders can interpret randomly initialized
-   transformers").
+   transformers"). Of latents like the control's at most 5 % may be typed as explained by all evaluators together, so with m
+   that decide the bar is the percentile at 1 − 0.05 / m (Bonferroni), for which `least_controls` says how many it takes.
 4. A latent's p-value is one-sided for "its score is above the bar", from its own interval (normal approximation on the
    interval's lower half); Benjamini–Hochberg holds the false discovery rate over all latents at 5 %.
 5. A latent is significant on an evaluator when it is discovered there *and* its own lower bound exceeds the bar, and on a
@@ -63,41 +64,59 @@ def types(
         scores: evaluator → the latents' scores, in the evaluator's headline metric.
         floors: evaluator → scores of shuffled explanations in the same metric. An evaluator without floors decides nothing:
             a headline without its floor does not count.
-        controls: further floors that must be exceeded as well, each as `floors`; where one lacks an evaluator, that
-            evaluator decides nothing (`{**floors, "intervention": [...]}` is a control for one evaluator alone).
+        controls: further floors that must be exceeded as well, each as `floors`, by bars that hold over all evaluators
+            together; where one lacks an evaluator, that evaluator decides nothing (`{**floors, "intervention": [...]}` is
+            a control for one evaluator alone).
         input_side: evaluators that speak for the input.
         output_side: evaluators that speak for the output.
     """
-    kinds = (floors, *controls)
-    on_input, on_output = (_significant_latents(scores, kinds, side) for side in (input_side, output_side))
+    deciding = {name for name in (*input_side, *output_side) if any(_finite(row.value) for row in scores.get(name, ()))}
+    level = 1 - (1 - BAR_QUANTILE) / max(len(deciding), 1)
+    on_input, on_output = (
+        _significant_latents(scores, floors, controls, level, side) for side in (input_side, output_side)
+    )
     return {
         latent: _TYPES[on_input.get(latent, False), on_output.get(latent, False)]
         for latent in sorted(on_input | on_output)
     }
 
 
-def significant(rows: Sequence[Scored], *floors: Sequence[float]) -> Bools:
-    """Return for each row whether it is significant against the highest bar of `floors`, shape (rows,)."""
+def significant(
+    rows: Sequence[Scored],
+    floor: Sequence[float],
+    *,
+    controls: Sequence[Sequence[float]] = (),
+    level: float = BAR_QUANTILE,
+) -> Bools:
+    """Return for each row whether it is significant, shape (rows,).
+
+    The bar is the highest of the 95th percentile of `floor` and the percentiles of `controls` at `level`.
+    """
     if not rows:
         return np.zeros(0, dtype=np.bool_)
-    highest = max((bar(floor) for floor in floors), default=math.inf)
+    highest = max(bar(floor), *(bar(control, level) for control in controls), -math.inf)
     p_values = np.array([_p_value(row, highest) for row in rows], dtype=np.float64)
     above: Bools = np.array([_above(row, highest) for row in rows], dtype=np.bool_)
     return benjamini_hochberg(p_values, FALSE_DISCOVERY_RATE) & above
 
 
-def bar(floor: Iterable[float]) -> float:
-    """Return the 95th percentile of `floor` that holds for the next score as well; infinite where there is no score.
+def bar(floor: Iterable[float], level: float = BAR_QUANTILE) -> float:
+    """Return the percentile of `floor` at `level` that holds for the next score as well; infinite where there is no score.
 
-    Of n scores it is the ⌈0.95 (n + 1)⌉-th smallest, which one more of their kind exceeds with a probability of at most 5 %
-    (the split conformal quantile, Papadopoulos et al. 2002). Fewer than 19 cannot promise that: then it is the largest of them.
-    NaN and infinite scores are left out.
+    Of n scores it is the ⌈level (n + 1)⌉-th smallest, which one more of their kind exceeds with a probability of at most
+    1 − level (the split conformal quantile, Papadopoulos et al. 2002). Fewer than 19 cannot promise that for 0.95: then it is
+    the largest of them. NaN and infinite scores are left out.
     """
     finite = sorted(value for value in floor if math.isfinite(value))
     if not finite:
         return math.inf
-    place = math.ceil(BAR_QUANTILE * (len(finite) + 1) - 1e-9)  # 0.95 is a little less or more than that in binary.
+    place = math.ceil(level * (len(finite) + 1) - 1e-9)  # 0.95 is a little less or more than that in binary.
     return finite[min(place, len(finite)) - 1]
+
+
+def least_controls(evaluators: int) -> int:
+    """Return how many scores a control needs for its bar, where so many evaluators decide: 19 for one, 39 for two, 59 for three."""
+    return math.ceil(evaluators / (1 - BAR_QUANTILE) - 1e-9) - 1
 
 
 def benjamini_hochberg(p_values: Floats, rate: float) -> Bools:
@@ -111,13 +130,18 @@ def benjamini_hochberg(p_values: Floats, rate: float) -> Bools:
 
 
 def _significant_latents(
-    scores: Mapping[str, Sequence[Scored]], kinds: Sequence[Mapping[str, Sequence[float]]], side: Sequence[str]
+    scores: Mapping[str, Sequence[Scored]],
+    floors: Mapping[str, Sequence[float]],
+    controls: Sequence[Mapping[str, Sequence[float]]],
+    level: float,
+    side: Sequence[str],
 ) -> dict[int, bool]:
     """Return measured latent → whether it is significant on one of the evaluators of `side`."""
     found: dict[int, bool] = {}
     for evaluator in side:
         rows = [row for row in scores.get(evaluator, ()) if _finite(row.value)]
-        hits = significant(rows, *(floors.get(evaluator, ()) for floors in kinds))
+        others = [control.get(evaluator, ()) for control in controls]
+        hits = significant(rows, floors.get(evaluator, ()), controls=others, level=level)
         for row, hit in zip(rows, hits.tolist(), strict=True):
             found[row.latent] = hit or found.get(row.latent, False)
     return found

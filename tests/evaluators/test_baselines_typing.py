@@ -13,7 +13,7 @@ from exegete.evaluators.baselines import (
     shuffled_partners,
     token_overlap_siblings,
 )
-from exegete.evaluators.typing import Scored, bar, benjamini_hochberg, significant, types
+from exegete.evaluators.typing import Scored, bar, benjamini_hochberg, least_controls, significant, types
 from exegete.tools.predicates import parse
 
 from planted import cat_evidence
@@ -155,6 +155,40 @@ def test_a_control_for_one_evaluator_alone() -> None:
     scores = {"detection": [Scored(1, 0.9, 0.8)], "intervention": [Scored(1, 0.9, 0.8)]}
     floors = dict.fromkeys(scores, FLOOR)
     assert types(scores, floors, controls=[{**floors, "intervention": [0.85]}]) == {1: "input"}
+
+
+def test_controls_are_held_over_all_evaluators_that_decide() -> None:
+    """Of 39 scores the bar at 0.95 is the 38th, and at 0.975 (two evaluators) the 39th; at 0.9833 59 have it at the 59th."""
+    control = [i / 100 for i in range(39)]
+    assert (bar(control), bar(control, 0.975)) == (0.37, 0.38)
+    assert bar([i / 100 for i in range(79)], 0.975) == 0.77  # the 78th of 79
+    between = [Scored(1, 0.9, 0.375)]
+    low, both = {"detection": [0.1] * 19, "fuzzing": [0.1] * 19}, {"detection": control, "fuzzing": control}
+    assert types({"detection": between}, low, controls=[both]) == {1: "input"}
+    assert types({"detection": between, "fuzzing": between}, low, controls=[both]) == {1: "unexplained"}
+    # What speaks for no side, or has no figure, decides nothing and costs nothing.
+    silent = {"detection": between, "embedding": between, "fuzzing": [Scored(1, None, None)]}
+    assert types(silent, low, controls=[both]) == {1: "input"}
+
+
+def test_how_many_controls_a_bar_takes() -> None:
+    assert [least_controls(evaluators) for evaluators in (1, 2, 3)] == [19, 39, 59]
+    for evaluators in (1, 2, 3):
+        least, level = least_controls(evaluators), 1 - 0.05 / evaluators
+        assert (
+            level * (least + 1) <= least + 1e-9 < level * least + 1
+        )  # with one fewer, the place would lie beyond the last
+
+
+def test_two_evaluators_together_type_at_most_five_percent_of_latents_like_the_control() -> None:
+    rng = np.random.default_rng(3)
+    names, shares = ("detection", "fuzzing"), []
+    for _ in range(100):
+        control = {name: rng.random(79).tolist() for name in names}
+        scores = {name: [Scored(i, v, v - 1e-6) for i, v in enumerate(rng.random(200).tolist())] for name in names}
+        found = types(scores, dict.fromkeys(names, [-1.0] * 19), controls=[control])
+        shares.append(np.mean([one == "input" for one in found.values()]))
+    assert 0.035 < np.mean(shares) <= 0.05  # 2 · 2/80 less what both exceed; each at 0.95 would give 0.098
 
 
 def test_latents_like_the_control_are_explained_in_at_most_five_percent() -> None:
