@@ -123,13 +123,20 @@ class AnthropicBatchWire(AnthropicWire):
     async def state(self, batch: str) -> State:
         """Return how the batch stands."""
         found = await self._retrieved(batch)
-        return State(found.processing_status == "ended", rows=_requests(found))
+        return State(found.processing_status == "ended", rows=found.request_counts.succeeded or 0)
 
     async def fetch(self, batch: str, file: BinaryIO) -> None:
         """Write the results of a batch to `file`."""
         if not _readable(await self._retrieved(batch)):
             raise Gone(batch)
-        await self._within(self._transfer_s, lambda: save(self._results(batch), file))
+
+        async def download() -> None:
+            try:
+                await save(self._results(batch), file)
+            except anthropic.NotFoundError:
+                raise Gone(batch) from None
+
+        await self._within(self._transfer_s, download)
 
     def result(self, row: dict[str, Any]) -> Result:
         """Return one line of the results as a result."""

@@ -37,7 +37,7 @@ class RequestFile:
         """Call → worst case in USD."""
         self._frame = frame
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  # it lives until the batch is made
-            mode="wb", prefix="requests-", suffix=".jsonl", dir=folder, delete=False
+            mode="wb", prefix=f"exegete-{self.nonce}-", suffix=".jsonl", dir=folder, delete=False
         )
         self.path = Path(self._file.name)
         self._file.write(frame.head)

@@ -27,7 +27,6 @@ from exegete.tools.llm.batch_wire import (
     Result,
     Sighting,
     State,
-    begun,
     doubtful,
     listed,
     outcome,
@@ -94,14 +93,12 @@ class OpenAIBatchWire(OpenAIWire):
             raise doubtful(fault) from None
 
     async def find(self, nonce: str, requests: int) -> Sighting:
-        """Look for the nonce in the metadata of the batches made since."""
+        """Look for the nonce in the metadata of all batches: the order of the list is not documented."""
 
         async def search() -> Sighting:
             async for batch in listed(self._client.batches.list(limit=_PAGE)):
                 if (batch.metadata or {}).get("nonce") == nonce:
                     return Sighting(batch.id)
-                if batch.created_at < begun(nonce):
-                    break
             return Sighting()
 
         return await self._within(self._transfer_s, lambda: sound(search))
@@ -118,8 +115,11 @@ class OpenAIBatchWire(OpenAIWire):
         found = await self._retrieved(batch)
 
         async def download() -> None:
-            for name in filter(None, (found.output_file_id, found.error_file_id)):
-                await save(self._client.files.with_streaming_response.content(name, timeout=self._transfer), file)
+            try:
+                for name in filter(None, (found.output_file_id, found.error_file_id)):
+                    await save(self._client.files.with_streaming_response.content(name, timeout=self._transfer), file)
+            except openai.NotFoundError:
+                raise Gone(batch) from None
 
         await self._within(self._transfer_s, download)
 
@@ -154,8 +154,7 @@ class OpenAIBatchWire(OpenAIWire):
             told = "; ".join(" ".join(filter(None, (one.code, one.message))) for one in errors)
             return State(True, rejected=self._rejection(self._scrub(told or "no reason given")))
         counts = batch.request_counts
-        answered = ((counts.completed or 0) + (counts.failed or 0)) if counts else 0
-        return State(batch.status in _ENDED, rows=answered)
+        return State(batch.status in _ENDED, rows=(counts.completed or 0) if counts else 0)
 
     def _rejection(self, told: str) -> Exception:
         if _NO_ROOM.search(told):

@@ -54,7 +54,7 @@ class State:
 
     ended: bool
     rows: int = 0
-    """Results that there are at least, once it has ended."""
+    """Answers that there are, once it has ended: so many results at least must come, since they are paid for."""
     rejected: Exception | None = None
     """Why the provider took nothing of it: `Transient` with `pushback` where it had no room now."""
 

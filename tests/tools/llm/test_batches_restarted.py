@@ -250,7 +250,6 @@ def test_sigkill_with_the_journal_of_the_store(server: Running, provider: str, t
         )
 
     assert program("submitted").returncode == -signal.SIGKILL
-    assert program("answered").returncode == -signal.SIGKILL
     last = program("none")
     assert (last.returncode, last.stdout.strip()) == (0, "{'ok'}"), last.stderr
     none_twice_none_lost(server, 100)

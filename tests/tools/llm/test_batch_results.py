@@ -1,0 +1,350 @@
+"""What comes back from a batch: broken and short files, rows that cannot be read, lists that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from exegete.tools.errors import UserError
+from exegete.tools.llm import (
+    BatchLimits,
+    Budget,
+    Limits,
+    MemoryJournal,
+    Message,
+    Price,
+    Reply,
+    Request,
+    Usage,
+    retrying,
+)
+from exegete.tools.llm.batch_anthropic import AnthropicBatchWire
+from exegete.tools.llm.batch_openai import OpenAIBatchWire
+from exegete.tools.llm.batch_wire import BatchWire, Frame, Result, Sighting, State, listed, outcome, read_result
+from exegete.tools.llm.batches import BatchClient
+from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained
+from exegete.tools.llm.specs import parse_spec
+from exegete.tools.llm.wire import Abilities
+
+from .batching import QUICK, answered, questions
+from .conftest import question
+
+Row = dict[str, Any]
+PRICE = Price(input=1.0, output=10.0)
+FAULTS: dict[str, Exception] = {
+    "late": Transient("not done: expired"),
+    "broken": Transient("broken reply", sent=True),
+    "declined": Declined("filtered", "not allowed"),
+    "lacking": Lacking(structured=True, logprobs=False, otherwise=Unexplained("HTTP 400: response_format")),
+    "malformed": Unexplained("HTTP 400: no idea"),
+    "key": UserError("no such key"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "_MOST_WAIT_S", 0.01)
+
+
+class Fake:
+    """A provider whose results are what a test says: one function a fetch, from ids to the file."""
+
+    name = "fake-batch:model"
+    max_requests = 100
+    max_bytes = 100_000
+    frame = Frame(b"", b"\n", b"\n")
+
+    def __init__(self, *fetches: Callable[[list[str]], bytes], rows: int = 0) -> None:
+        self.abilities = Abilities(("json_schema", "words"))
+        self.made: list[list[str]] = []
+        self.fetches = list(fetches)
+        self._rows = rows
+
+    def line(self, custom_id: str, request: Request) -> bytes:
+        return custom_id.encode()
+
+    async def prepare(self, file: Path) -> str:
+        return file.read_text()
+
+    async def create(self, prepared: str, nonce: str) -> str:
+        self.made.append(prepared.split())
+        return str(len(self.made) - 1)
+
+    async def find(self, nonce: str, requests: int) -> Sighting:
+        return Sighting()
+
+    def know(self, batch: str, nonce: str) -> None: ...
+
+    async def state(self, batch: str) -> State:
+        return State(True, self._rows)
+
+    async def fetch(self, batch: str, file: BinaryIO) -> None:
+        file.write((self.fetches.pop(0) if self.fetches else all_ok)(self.made[int(batch)]))
+
+    def result(self, row: dict[str, Any]) -> Result:
+        def read() -> Reply:
+            if row["said"] in FAULTS:
+                raise FAULTS[row["said"]]
+            return Reply("ok", row["said"], usage=Usage(10, 0, 0, 5))
+
+        return outcome(row["custom_id"], read)
+
+    async def close(self) -> None: ...
+
+
+def rows(*said: str) -> Callable[[list[str]], bytes]:
+    """One row a request, the last of `said` for all that follow."""
+
+    def write(names: list[str]) -> bytes:
+        told = [*said, *[said[-1]] * len(names)]
+        return b"".join(
+            json.dumps({"custom_id": n, "said": s}).encode() + b"\n" for n, s in zip(names, told, strict=False)
+        )
+
+    return write
+
+
+all_ok = rows("yes")
+
+
+def first_of(count: int) -> Callable[[list[str]], bytes]:
+    return lambda names: all_ok(names[:count])
+
+
+class Counting(MemoryJournal):
+    """A journal that counts what it is told, and may fail."""
+
+    def __init__(self, failing: str = "") -> None:
+        super().__init__()
+        self.told: list[str] = []
+        self.undone: list[str] = []
+        self.failing = failing
+
+    async def answered(self, call: str, reply: Reply) -> None:
+        self.told.append(call)
+        self._fail("answered")
+        await super().answered(call, reply)
+
+    async def submitting(self, nonce: str, model: str, calls: Any) -> None:
+        self._fail("submitting")
+        await super().submitting(nonce, model, calls)
+
+    async def landed(self, nonce: str, undone: Any = ()) -> None:
+        self.undone += undone
+        await super().landed(nonce, undone)
+
+    def _fail(self, here: str) -> None:
+        if here == self.failing:
+            raise UserError("the disk is full")
+
+
+def client_of(wire: BatchWire, journal: MemoryJournal, budget: Budget | None = None, **batches: Any) -> BatchClient:
+    return BatchClient(
+        wire,
+        journal=journal,
+        budget=budget,
+        price=PRICE,
+        limits=Limits(attempts=3),
+        batches=BatchLimits(**(QUICK | batches)),
+    )
+
+
+def test_a_broken_file_is_fetched_again_and_nothing_of_it_read_twice() -> None:
+    broken = [lambda names: all_ok(names[:2]) + b"<html>", lambda names: all_ok(names)[:-9], all_ok]
+    wire, journal = Fake(*broken), Counting()
+    replies = answered(client_of(wire, journal), questions(5))
+    assert [reply.status for reply in replies] == ["ok"] * 5 and len(wire.made) == 1
+    # In pieces of 200 rows: of the broken ones nothing was read.
+    assert sorted(journal.told) == sorted(journal.replies) and len(journal.told) == 5
+
+
+def test_a_file_that_stays_short_leaves_the_batch_open() -> None:
+    wire, journal, budget = Fake(*[first_of(3)] * 9, rows=5), Counting(), Budget(1.0)
+    replies = answered(client_of(wire, journal, budget), questions(5))
+    assert sorted(reply.status for reply in replies) == ["error"] * 2 + ["ok"] * 3
+    assert len(wire.made) == 1 and len(journal.open) == 1 and len(journal.told) == 3
+    worst = next(iter(journal.intents.values()))[1]
+    # What was answered, and the worst case of what may have been: 10 and 5 tokens a reply, at half the price.
+    assert budget.spent_usd == pytest.approx(3 * 30e-6 + 2 * worst) and budget.reserved_usd == 0
+
+
+def test_a_request_without_a_result_is_asked_again_and_counts_as_perhaps_paid() -> None:
+    wire, journal = Fake(first_of(3), first_of(1)), Counting()
+    replies = answered(client_of(wire, journal, submissions=2), questions(5))
+    assert sorted(reply.status for reply in replies) == ["error"] + ["ok"] * 4
+    assert [len(names) for names in wire.made] == [5, 2] and journal.undone == []
+    assert [reply.detail for reply in replies if reply.status == "error"] == ["the batch holds no result"]
+
+
+def test_what_was_not_done_is_told_to_the_journal_as_not_paid() -> None:
+    wire, journal = Fake(rows("late", "yes")), Counting()
+    replies = answered(client_of(wire, journal), questions(3))
+    assert {reply.status for reply in replies} == {"ok"} and [len(names) for names in wire.made] == [3, 1]
+    assert journal.undone == [questions(1)[0].id(wire.name)]
+
+
+def test_an_answer_that_cannot_be_read_may_have_been_paid() -> None:
+    wire, journal, budget = Fake(rows("broken", "yes")), Counting(), Budget(1.0)
+    replies = answered(client_of(wire, journal, budget), questions(2))
+    assert [reply.status for reply in replies] == ["error", "ok"] and len(wire.made) == 1
+    (lost,) = [call for call in journal.intents if "/lost-" in call]
+    worst = journal.intents[lost][1]
+    assert worst > 0 and budget.spent_usd == pytest.approx(worst + 30e-6) and replies[0].usd == 0
+
+
+def test_what_the_provider_declines_is_a_reply() -> None:
+    wire, journal = Fake(rows("declined", "malformed", "yes")), Counting()
+    replies = answered(client_of(wire, journal), questions(3))
+    assert [reply.status for reply in replies] == ["filtered", "rejected", "ok"]
+    assert [reply.usd for reply in replies] == [0, 0, pytest.approx(30e-6)] and len(journal.replies) == 3
+
+
+@pytest.mark.parametrize(("said", "told"), [(("key", "yes"), "no such key"), (("malformed",), "rejects the request")])
+def test_what_no_request_gets_past_stops_the_client(said: tuple[str, ...], told: str) -> None:
+    wire, journal, budget = Fake(rows(*said)), Counting(), Budget(1.0)
+
+    async def ask() -> list[Any]:
+        client = client_of(wire, journal, budget)
+        first = await asyncio.gather(*map(client.complete, questions(3)), return_exceptions=True)
+        second = await asyncio.gather(*map(client.complete, questions(1, first=9)), return_exceptions=True)
+        await client.close()
+        return [*first, *second]
+
+    outcomes = asyncio.run(ask())
+    assert isinstance(outcomes[0], UserError) and told in str(outcomes[0])
+    assert isinstance(outcomes[-1], UserError) and told in str(outcomes[-1])
+    # What was answered beside it was paid for, and is a reply.
+    assert [isinstance(one, Reply) for one in outcomes[1:3]] == [len(said) == 2] * 2
+    assert journal.open == {} and len(wire.made) == 1 and budget.reserved_usd == 0
+
+
+def test_batches_side_by_side_teach_once() -> None:
+    wire = Fake(rows("lacking"), rows("lacking"))
+    wire.abilities = Abilities(("json_schema", "json_object", "words"))
+    replies = answered(client_of(wire, Counting(), max_requests=2), questions(4))
+    assert {reply.status for reply in replies} == {"ok"} and wire.abilities.way == "json_object"
+    assert [len(names) for names in wire.made] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("failing", ["submitting", "answered"])
+def test_a_journal_that_fails_stops_everything(failing: str) -> None:
+    wire, journal = Fake(), Counting(failing)
+    with pytest.raises(UserError, match="disk is full"):
+        answered(client_of(wire, journal), questions(3))
+    assert len(wire.made) == (failing == "answered"), "nothing is sent that is not written down"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    budget = Budget(1.0)
+    with pytest.raises(UserError, match="cannot be written"):
+        answered(client_of(Fake(), Counting(), budget, scratch=tmp_path / "none"), questions(2))
+    assert budget.reserved_usd == 0
+
+
+def wires() -> tuple[OpenAIBatchWire, AnthropicBatchWire]:
+    return (
+        OpenAIBatchWire(parse_spec("openai-batch:m@http://127.0.0.1:9/v1"), Limits(), 5.0),
+        AnthropicBatchWire(parse_spec("anthropic-batch:m@http://127.0.0.1:9"), Limits(), 5.0),
+    )
+
+
+def test_lines_hold_what_a_live_call_sends() -> None:
+    openai_, anthropic_ = wires()
+    both: list[tuple[OpenAIBatchWire | AnthropicBatchWire, str]] = [(openai_, "body"), (anthropic_, "params")]
+    for wire, inner in both:
+        row = json.loads(wire.line("an-id", question()))
+        live = wire.body(question(), wire.abilities.way, 0)
+        assert row["custom_id"] == "an-id" and row[inner] == json.loads(json.dumps(live))
+    openai_row = json.loads(openai_.line("an-id", question()))
+    # As OpenAI documents a line, and `vllm run-batch` reads it.
+    assert list(openai_row) == ["custom_id", "method", "url", "body"]
+    assert (openai_row["method"], openai_row["url"]) == ("POST", "/v1/chat/completions")
+    assert b"\n" not in openai_.line("an-id", Request((Message("user", "a\nb\u2028c"),)))
+
+
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "yes"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "sent"),
+    [
+        ({"response": None, "error": {"code": "batch_expired", "message": "too late"}}, Transient, False),
+        ({"response": {"status_code": 500, "body": {"error": {"message": "x"}}}}, Transient, False),
+        ({"response": {"status_code": 400, "body": {"error": {"message": "prompt is too long"}}}}, Declined, None),
+        ({"response": {"status_code": 400, "body": {"error": {"message": "bad response_format"}}}}, Lacking, None),
+        ({"response": {"status_code": 400, "body": {"error": {"message": "no idea"}}}}, Unexplained, None),
+        ({"response": {"status_code": 404, "body": {"error": {"message": "no model"}}}}, UserError, None),
+        ({"response": {"status_code": 200, "body": {}}}, Transient, True),
+        ({"response": {"status_code": 200, "body": {"choices": [{"message": 3}]}}}, Transient, True),
+        ({"response": {"status_code": 200, "body": {"choices": [CHOICE]}}}, Reply, None),
+    ],
+)
+def test_openai_rows(row: Row, kind: type, sent: bool | None) -> None:
+    result = wires()[0].result({"custom_id": "a"} | row)
+    found = result.reply or result.fault
+    assert isinstance(found, kind), found
+    assert sent is None or (isinstance(found, Transient) and found.sent == sent)
+
+
+def failed(kind: str, message: str = "x") -> Row:
+    return {"type": "errored", "error": {"type": "error", "error": {"type": kind, "message": message}}}
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "sent"),
+    [
+        ({"type": "expired"}, Transient, False),
+        ({"type": "canceled"}, Transient, False),
+        (failed("overloaded_error"), Transient, False),
+        (failed("api_error"), Transient, False),
+        (failed("invalid_request_error", "prompt is too long"), Declined, None),
+        (failed("invalid_request_error", "output_config is not supported"), Lacking, None),
+        (failed("not_found_error", "no model"), UserError, None),
+        ({"type": "succeeded", "message": {"content": 3}}, Transient, True),
+        ({"type": "succeeded", "message": {"content": [{"type": "text", "text": "yes"}]}}, Reply, None),
+        ({"type": "something new"}, Transient, True),
+    ],
+)
+def test_anthropic_rows(result: Row, kind: type, sent: bool | None) -> None:
+    read = wires()[1].result({"custom_id": "a", "result": result})
+    found = read.reply or read.fault
+    assert isinstance(found, kind), found
+    assert sent is None or (isinstance(found, Transient) and found.sent == sent)
+
+
+@pytest.mark.parametrize("line", [b"<html>", b"[]", b"null", b"{}", b'{"custom_id": "a"', b"\xff"])
+def test_lines_that_are_no_results(line: bytes) -> None:
+    for wire in wires():
+        with pytest.raises(Transient, match="broken results"):
+            read_result(wire, line)
+
+
+class _Page:
+    def __init__(self, data: Any, following: _Page | None = None) -> None:
+        self.data = data
+        self._following = following
+
+    def has_next_page(self) -> bool:
+        return self._following is not None
+
+    async def get_next_page(self) -> _Page:
+        assert self._following is not None
+        return self._following
+
+
+def test_a_page_that_is_none_does_not_say_that_there_is_no_batch() -> None:
+    async def read(first: _Page) -> list[Any]:
+        async def page() -> _Page:
+            return first
+
+        found: AsyncIterator[Any] = listed(page())
+        return [one async for one in found]
+
+    assert asyncio.run(read(_Page([1], _Page([2, 3])))) == [1, 2, 3]
+    with pytest.raises(Transient, match="no list"):
+        asyncio.run(read(_Page([1], _Page(None))))
