@@ -84,6 +84,7 @@ class Log:
             "asked_again": sum(e.again for e in questions),
             "most_asked": max(asked.values(), default=0),
             "most_in_flight": self.most_in_flight,
+            "cpu_s": time.process_time(),
         }
 
     def rows(self, bodies: bool) -> list[dict[str, Any]]:

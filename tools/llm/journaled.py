@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 from exegete.tools.errors import UserError
@@ -39,12 +40,19 @@ class JournaledClient:
     """Completes conversations through a wire, a journal, a budget and a pacer. `open_client` makes them."""
 
     def __init__(
-        self, wire: Wire, *, journal: Journal, budget: Budget | None, price: Price | None, limits: Limits
+        self,
+        wire: Wire,
+        *,
+        journal: Journal,
+        budget: Budget | None,
+        price: Price | None,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = wire.name
         self.price = price
         """None where no price is known: every `Reply.usd` is 0 then, and no budget can be kept."""
-        self.pacer = Pacer(limits)
+        self.pacer = Pacer(limits, clock)
         self._wire = wire
         self._journal = journal
         self._budget = budget
@@ -87,7 +95,7 @@ class JournaledClient:
         try:
             call = request.id(self.name)
         except UnicodeEncodeError:
-            return Reply("error", detail="the text holds half a surrogate pair, which cannot be sent")
+            return Reply("rejected", detail="the text holds half a surrogate pair, which cannot be sent")
         task = self._flying.get(call)
         if task is not None:
             return replace(await asyncio.shield(task), cached=True)

@@ -1,7 +1,9 @@
 """How many calls are in flight, and how fast new ones go out: as much as the server takes, found out while calling.
 
 1. *Concurrency*: the window doubles per round trip (one more per answer) until the server pushes back (429, 503, 529),
-   then halves and grows by about one per round trip (AIMD; Chiu & Jain 1989; Jacobson 1988).
+   then halves and grows by about one per round trip (AIMD; Chiu & Jain 1989; Jacobson 1988). It halves once: from then
+   on the rate follows the server, and calls in flight follow the rate (Little's law). Lowering both for one pushback
+   would hold slow answers to half of what the server allows.
 2. *Rate*: at pushback, new calls go out at 0.85 of the rate at which answers came lately, but at no less than half of the
    rate so far (fewer answers may only mean that less was asked). It then grows as exp(0.05 t + 0.02 t²), t seconds since
    the last pushback: by 7 % in the first second, tenfold after ten, so a limit is followed closely and left within some
@@ -141,7 +143,8 @@ class Pacer:
         """The server asked for fewer requests."""
         now = self._clock()
         if slot.sent >= self._slowed:
-            self.window = self._threshold = max(1.0, min(self.window, self.in_flight) / 2)
+            if self._base_rate == math.inf:
+                self.window = self._threshold = max(1.0, min(self.window, self.in_flight) / 2)
             self._slow_down(now)
         if retry_after_s and now - self._answered > _GOODPUT_SECONDS:
             self._paused_until = max(self._paused_until, now + retry_after_s)

@@ -195,7 +195,7 @@ class SdkWire(ABC):
         if not isinstance(fault, Unexplained):
             return fault
         if self.abilities.has_answered:
-            return Declined("error", str(fault))
+            return Declined("rejected", str(fault))
         return UserError(f"{self.name}: the server rejects the request: {fault}")
 
     def _scrub(self, text: str) -> str:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from exegete.tools.llm.contract import MemoryJournal, Message, Reply, Request
+from exegete.tools.llm.faults import Transient
+from exegete.tools.llm.journaled import JournaledClient
 from exegete.tools.llm.pacing import Bucket, Limits, Pacer
 
 
@@ -78,6 +81,13 @@ def test_follows_a_sudden_limit_and_leaves_it_again() -> None:
     assert rate(seen, 15, 30, good=False) < 3
     # Within twenty-five seconds of its end: full speed again.
     assert rate(seen, 55, 60) > 0.9 * 64 / 0.05
+
+
+def test_slow_answers_do_not_keep_the_rate_below_the_limit() -> None:
+    seen = load(Limits(concurrency=64), 30, lambda t: 5.0 if t >= 5 else 1e9, latency_s=1.0)
+    # Five calls must be in flight for that; a window that is halved each time would hold two.
+    assert rate(seen, 10, 30) > 0.7 * 5
+    assert rate(seen, 10, 30, good=False) < 2
 
 
 def test_a_server_that_takes_few_at_a_time() -> None:
@@ -171,3 +181,49 @@ def test_order_of_arrival_and_leaving_the_queue() -> None:
     clock.loop.run_until_complete(ask())
     clock.loop.close()
     assert order == [0, 1, 3, 4] and pacer.in_flight == 0
+
+
+class Sparing:
+    """A wire to a server that takes all requests, but five a second from second 2 to second 12."""
+
+    name = "sparing:model"
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.seen: list[tuple[float, bool]] = []
+        self._next = 0.0
+
+    async def send(self, request: Request) -> Reply:
+        now = self.clock()
+        good = not 2 <= now < 12 or now >= self._next
+        self.seen.append((now, good))
+        if not good:
+            raise Transient("HTTP 429", pushback=True)
+        self._next = now + 0.2
+        await asyncio.sleep(0.05)
+        return Reply("ok", text="yes")
+
+    async def close(self) -> None: ...
+
+
+def test_a_sudden_limit_makes_no_failed_row() -> None:
+    clock, journal = Clock(), MemoryJournal()
+    wire = Sparing(clock)
+    client = JournaledClient(wire, journal=journal, budget=None, price=None, limits=Limits(concurrency=8), clock=clock)
+    replies: list[Reply] = []
+
+    async def caller(number: int) -> None:
+        while clock() < 35:
+            replies.append(await client.complete(Request((Message("user", f"{number} {len(replies)}"),))))
+
+    async def callers() -> None:
+        await asyncio.gather(*map(caller, range(20)))
+        await client.close()
+
+    clock.loop.run_until_complete(callers())
+    clock.loop.close()
+    assert {reply.status for reply in replies} == {"ok"} and any(reply.attempts > 1 for reply in replies)
+    # Whatever was refused was asked again until it was answered, once, and each answer is a row.
+    assert sum(good for _, good in wire.seen) == len(replies) == len(journal.replies) == len(journal.intents)
+    assert 4 <= rate(wire.seen, 4, 12) <= 5.1 and rate(wire.seen, 4, 12, good=False) < 2
+    assert rate(wire.seen, 30, 35) > 0.9 * 8 / 0.05
