@@ -7,6 +7,7 @@ so an interrupted run has the same floors as an undisturbed one.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,14 +81,13 @@ async def score_floors(
         "constant": CONSTANT,
         "token_list": await make_explainer("token_list").explain(restrict(own, "explain"), seed),
     }
+    asked = [(b, e, evaluator) for b, e in candidates.items() if e is not None for evaluator in bench.evaluators]
+    # All at once: where calls go out in batches that take hours, one after the other would be days.
+    evaluations = await asyncio.gather(*(by.evaluate(e, own, bench.judge, seed) for _, e, by in asked))
     scores, verdicts = [], []
-    for baseline, explanation in candidates.items():
-        if explanation is None:
-            continue
-        for evaluator in bench.evaluators:
-            evaluation = await evaluator.evaluate(explanation, own, bench.judge, seed)
-            scores += [(own_id, replace(score, baseline=baseline)) for score in evaluation.scores]
-            verdicts += [VerdictRecord(own_id, evaluator.name, item, baseline) for item in evaluation.verdicts]
+    for (baseline, _, evaluator), evaluation in zip(asked, evaluations, strict=True):
+        scores += [(own_id, replace(score, baseline=baseline)) for score in evaluation.scores]
+        verdicts += [VerdictRecord(own_id, evaluator.name, item, baseline) for item in evaluation.verdicts]
     return LatentRecord(bench.dictionary, own.latent, "labeled", scores=scores, verdicts=verdicts)
 
 
