@@ -55,7 +55,12 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
         require_source(config.corpus.source)
     progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
     subject = open_subject(config.subject)
-    return Inputs(subject, open_dictionary(config.dictionary.path, subject))
+    dictionary = open_dictionary(config.dictionary.path, subject)
+    if config.label.random_control:
+        from exegete.tools.random_control import require_plain
+
+        require_plain(dictionary)
+    return Inputs(subject, dictionary)
 
 
 def gather_evidence(
@@ -77,6 +82,33 @@ def gather_evidence(
         return _evidence_in_store(store)
     corpus = _corpus(config, store, inputs.subject, progress)
     return [_pass(config, inputs, corpus, store, writer, progress, stop)]
+
+
+def gather_control(
+    config: RunConfig,
+    inputs: Inputs,
+    store: Store,
+    writer: Writer,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> tuple[Inputs, Evidence]:
+    """Return the random-weight control of the configured dictionary and its evidence over the same corpus.
+
+    To be called after `gather_evidence`, which builds the corpus.
+
+    Raises:
+        UserError: the dictionary is none that has such a control (`require_plain`), or as `gather_evidence`.
+        Interrupted: `stop` answered True during the pass.
+    """
+    from exegete.tools.corpus import Corpus
+    from exegete.tools.random_control import random_control, require_plain, stored_calibration
+
+    dictionary, subject = require_plain(inputs.dictionary), inputs.subject
+    corpus = Corpus.open(_corpus_folder(config, store, subject))
+    calibration = stored_calibration(store.controls, dictionary, subject, corpus, config.seed)
+    control = Inputs(subject, random_control(dictionary, subject, calibration, config.seed))
+    progress.say(f"random-weight control: {dictionary.latents:,} random directions, {calibration.k} active on a token")
+    return control, _pass(config, control, corpus, store, writer, progress, stop, control_of=dictionary.fingerprint)
 
 
 def _evidence_in_store(store: Store) -> list[Evidence]:
@@ -147,11 +179,10 @@ def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progres
     source = wanted.source
     if source == BUNDLED:
         source = str(_bundled_text(store, config.seed, wanted.documents or BUNDLED_DOCUMENTS))
-    name = digest(config.corpus.model_dump_json(), subject.fingerprint, str(config.seed)).removeprefix("sha256:")[:16]
     corpus = build_corpus(
         source,
         subject,
-        store.corpora / name,
+        _corpus_folder(config, store, subject),
         seed=config.seed,
         text_field=wanted.text_field,
         limit_documents=wanted.documents,
@@ -159,6 +190,12 @@ def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progres
     )
     progress.say(f"corpus: {corpus.contexts:,} contexts of {corpus.context_tokens} tokens; {_counted(corpus.counts)}")
     return corpus
+
+
+def _corpus_folder(config: RunConfig, store: Store, subject: Subject) -> Path:
+    assert config.corpus is not None
+    name = digest(config.corpus.model_dump_json(), subject.fingerprint, str(config.seed)).removeprefix("sha256:")[:16]
+    return store.corpora / name
 
 
 def _bundled_text(store: Store, seed: int, documents: int) -> Path:
@@ -185,13 +222,14 @@ def _pass(
     writer: Writer,
     progress: Progress,
     stop: Callable[[], bool],
+    control_of: str | None = None,
 ) -> Evidence:
     from exegete.tools.activations import run_pass
     from exegete.tools.merging import merge
 
     subject, dictionary = inputs.subject, inputs.dictionary
     settings = config.evidence.settings(config.seed)
-    folder = store.evidence_folder(dictionary.fingerprint)
+    folder = store.evidence_folder(dictionary.fingerprint, control=control_of is not None)
     working = store.passes / digest(dictionary.fingerprint, corpus.fingerprint, repr(settings.identity()))[7:23]
     if not (folder / "evidence.json").exists():
         with closing(Stages(progress, "micro-batches")) as stages:
@@ -201,6 +239,8 @@ def _pass(
     evidence = merge(working, folder, subject, dictionary, corpus, settings)
     assert config.dictionary is not None
     name, provenance = config.dictionary.path, dict(evidence.provenance)
+    if control_of is not None:
+        name, provenance = f"random control of {name}", {**provenance, "control_of": control_of}
     writer.add_dictionary(
         DictionaryRecord(
             dictionary.fingerprint, name, dictionary.latents, subject.name, dictionary.hook_point, provenance

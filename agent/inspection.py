@@ -74,8 +74,9 @@ def writer_pid(folder: Path) -> int | None:
 
 
 _RUNS = """
-SELECT r.run, r.dictionary, d.name, d.latents, r.status, r.seed, r.code_version, r.config, r.figures
-FROM runs r LEFT JOIN dictionaries d USING (dictionary) ORDER BY r.started_at DESC, r.run
+SELECT r.run, r.dictionary, d.name, coalesce(d.evidence LIKE 'controls/%', false), d.latents, r.status, r.seed,
+       r.code_version, r.config, r.figures
+FROM runs r LEFT JOIN data.dictionaries d USING (dictionary) ORDER BY r.started_at DESC, r.run
 """
 
 
@@ -113,17 +114,18 @@ def _age(seconds: float) -> str:
 
 
 def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid: int | None) -> list[str]:
-    run, dictionary, name, latents, status, seed, code_version, config_text, figures = row
+    run, dictionary, name, control, latents, status, seed, code_version, config_text, figures = row
     if status == "running" and pid is None:
         status = "interrupted"  # Its process ended without a word: killed, or the machine went down.
     config = json.loads(config_text)
     label = config.get("label", {})
+    asked = "random_control" if control else "limit"
     lines = [
         f"{visible(name or dictionary)}: {status}",
         f"  run {run[:19]} · dictionary {dictionary[:19]} · seed {seed} · exegete {code_version}"
         f" · explainer {label.get('explainer', 'unknown')}, judge {label.get('judge', 'unknown')}",
-        _progress_line(connection, dictionary, min(latents or 0, label.get("limit") or latents or 0)),
-        _floors_line(connection, run, label.get("floors")),
+        _progress_line(connection, run, min(latents or 0, label.get(asked) or latents or 0)),
+        *([] if control else [_floors_line(connection, run, label.get("floors"))]),
         *_calls_lines(connection, run),
     ]
     if figures is not None:
@@ -133,10 +135,9 @@ def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid:
     return lines
 
 
-def _progress_line(connection: duckdb.DuckDBPyConnection, dictionary: str, total: int) -> str:
+def _progress_line(connection: duckdb.DuckDBPyConnection, run: str, total: int) -> str:
     counts = connection.execute(
-        "SELECT outcome, count(*) FROM latents WHERE dictionary = ? AND outcome IS NOT NULL GROUP BY ALL ORDER BY ALL",
-        [dictionary],
+        "SELECT status, count(*) FROM data.results WHERE run = ? GROUP BY ALL ORDER BY ALL", [run]
     ).fetchall()
     done = sum(count for _, count in counts)
     share = f" ({done / total:.0%})" if total else ""
@@ -173,7 +174,7 @@ def _calls_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
 def _means(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
     """Return running means, for a run that has stored no figures yet."""
     rows = connection.execute(
-        """SELECT evaluator, avg(value), 1.96 * stddev_samp(value) / sqrt(count(value)), count(value) FROM scores
+        """SELECT evaluator, avg(value), 1.96 * stddev_samp(value) / sqrt(count(value)), count(value) FROM data.scores
         WHERE run = ? AND baseline IS NULL AND metric = 'balanced_accuracy' AND value IS NOT NULL
         GROUP BY evaluator ORDER BY evaluator""",
         [run],

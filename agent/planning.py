@@ -22,8 +22,14 @@ def plan(config: RunConfig) -> list[str]:
         *_source(config),
         f"explainer: {config.label.explainer}; judge: {config.label.judge}; scores: {', '.join(config.label.evaluators)}",
         f"latents: {config.label.limit or 'all'}; floors on {config.label.floors}",
+        *_control(config),
         *_models(config),
     ]
+
+
+def _control(config: RunConfig) -> list[str]:
+    count = config.label.random_control
+    return [f"random-weight control: {count} latents, after a second pass"] if count else []
 
 
 def _models(config: RunConfig) -> list[str]:

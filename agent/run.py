@@ -4,6 +4,7 @@
 2. gather   subject, dictionary, corpus → activation pass → evidence        (`gathering`)
 3. pilot    how the judge's errors cluster, on a frozen subset             (`pilot`)
 4. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
+            before it, where `label.random_control` asks for them, latents of a random-weight dictionary, as a run of their own
 5. floors   other explanations on the same windows, for a random subset     (`floors`)
 6. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
 7. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
@@ -29,14 +30,14 @@ from typing import TYPE_CHECKING, Any
 from exegete.agent.config import RunConfig
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
-from exegete.agent.gathering import Inputs, Interrupted, gather_evidence, load_inputs
+from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.graph import Workbench, label_graph
 from exegete.agent.models import Models, budget_of
 from exegete.agent.pilot import described, pilot_latents, piloted, restored, run_pilot
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
-from exegete.agent.workbench import check_workbench, open_workbench
-from exegete.evaluators.typing import Scored, types
+from exegete.agent.workbench import check_workbench, control_latents, open_workbench
+from exegete.evaluators.typing import Scored, deciding_evaluators, least_controls, types
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
@@ -79,8 +80,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
         missing: dict[str, int] = {}
         try:
             for evidence in gather_evidence(config, inputs, store, writer, progress, stop):
-                found = asyncio.run(_label_dictionary(here, evidence))
-                figures[evidence.dictionary], missing[evidence.dictionary] = found
+                control = None
+                if config.label.random_control and inputs is not None:
+                    control = gather_control(config, inputs, store, writer, progress, stop)
+                labeled = asyncio.run(_label_dictionary(here, evidence, control))
+                figures[evidence.dictionary], found = labeled
+                missing |= found
         except Interrupted:
             progress.say("stopped; what is finished is kept, and the same command goes on from here")
             writer.publish()
@@ -105,11 +110,51 @@ class _Run:
     budget: Budget | None
 
 
-async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, Any], int]:
-    """Label one dictionary; return its summary, and about how many latents calls are missing."""
+async def _label_dictionary(
+    here: _Run, evidence: Evidence, control: tuple[Inputs, Evidence] | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Label one dictionary; return its summary, and dictionary → about how many latents calls are missing."""
+    config, writer = here.config, here.writer
+    controls, missing = ({}, {}) if control is None else await _label_control(here, *control)
+    run_id = _begin(here, evidence, identity(config))
+    latents = _chosen(config, evidence)
+    bench = await _worked_through(here, here.inputs, evidence, latents, run_id)
+    results = writer.results(run_id, evidence.dictionary)
+    headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
+    writer.set_types(run_id, evidence.dictionary, _types(results, headlines, controls) | _silent(evidence, latents))
+    figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary), controls)
+    writer.finish_run(run_id, "finished", figures)
+    return figures, {**missing, evidence.dictionary: results.incomplete()}
+
+
+async def _label_control(
+    here: _Run, inputs: Inputs, evidence: Evidence
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Label latents of a random-weight dictionary; return evaluator → their scores, and what calls are missing."""
+    config, writer, dictionary = here.config, here.writer, evidence.dictionary
+    latents = control_latents(config, evidence)
+    run_id = _begin(here, evidence, identity(config, control=True))
+    bench = await _worked_through(here, inputs, evidence, latents, run_id, floors=False)
+    results = writer.results(run_id, dictionary)
+    headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
+    found: dict[str, list[float]] = {name: [] for name in headlines}
+    for row in results.headlines(headlines):
+        found[row.evaluator].append(row.value)
+    least = least_controls(len(deciding_evaluators(found)))
+    for name in deciding_evaluators(found):
+        if len(found[name]) < least:
+            here.progress.say(
+                f"{name} has scores of {len(found[name])} random-weight latents and its bar takes {least}: it decides no "
+                "type; set label.random_control higher"
+            )
+    writer.finish_run(run_id, "finished", summarise(results, headlines, generator(config.seed, "summary", dictionary)))
+    return found, {dictionary: results.incomplete()}
+
+
+def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> str:
     config, writer = here.config, here.writer
     run_id = writer.begin_run(
-        config=identity(config),
+        config=known_by,
         settings=config.model_dump(mode="json", exclude={"store"}),
         seed=config.seed,
         code_version=_code_version(),
@@ -118,31 +163,37 @@ async def _label_dictionary(here: _Run, evidence: Evidence) -> tuple[dict[str, A
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
     if here.budget is not None:
         here.budget.spent_usd += writer.journal.spent_usd(run_id)
-    latents = _chosen(config, evidence)
-    models = Models(config.models, lambda: writer.journal.of_run(run_id), here.budget)
+    return run_id
+
+
+async def _worked_through(
+    here: _Run, inputs: Inputs | None, evidence: Evidence, latents: Sequence[int], run_id: str, floors: bool = True
+) -> Workbench:
+    """Pilot, label and score the floors of `latents`; return the instruments that did it."""
+    models = Models(here.config.models, lambda: here.writer.journal.of_run(run_id), here.budget)
     try:
         async with models:
-            bench = open_workbench(config, here.inputs, evidence, latents, models)
+            bench = open_workbench(here.config, inputs, evidence, latents, models)
             await _pilot(here, evidence, latents, bench, run_id)
             await _label(here, evidence, latents, bench, run_id)
-            await _floors(here, evidence, bench, run_id)
+            if floors:
+                await _floors(here, evidence, bench, run_id)
     except BaseException:
         with suppress(UserError):  # As above; a run that is still marked as running is resumed all the same.
-            writer.finish_run(run_id, "interrupted")
+            here.writer.finish_run(run_id, "interrupted")
         raise
-    results = writer.results(run_id, evidence.dictionary)
-    headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
-    statuses = evidence.statuses
-    silent = {latent: str(statuses[latent]) for latent in latents if statuses[latent] != "live"}
-    writer.set_types(run_id, evidence.dictionary, silent | _types(results, headlines))
-    figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary))
-    writer.finish_run(run_id, "finished", figures)
-    return figures, results.incomplete()
+    return bench
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Return what the results depend on: the configuration without store, concurrency, slices, batches, publishing and money."""
-    return config.model_dump(mode="json", exclude=_NOT_IDENTITY)
+def identity(config: RunConfig, control: bool = False) -> dict[str, Any]:
+    """Return what the results depend on: the configuration without store, concurrency, slices, batches, publishing and money.
+
+    `control`: of the random-weight control, which how many latents and floors the dictionary itself gets does not concern.
+    """
+    found = config.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    if control:
+        found["label"] = {key: value for key, value in found["label"].items() if key not in ("limit", "floors")}
+    return found
 
 
 _NOT_IDENTITY: Any = {
@@ -163,6 +214,12 @@ def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
         return latents
     drawn = generator(config.seed, "limit", evidence.dictionary).permutation(len(latents))[: config.label.limit]
     return sorted(latents[i] for i in drawn)
+
+
+def _silent(evidence: Evidence, latents: Sequence[int]) -> dict[int, str]:
+    """Return latent → status of those that are dead, rare or dense: that is their type, whatever a score says."""
+    statuses = evidence.statuses
+    return {latent: str(statuses[latent]) for latent in latents if statuses[latent] != "live"}
 
 
 async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
@@ -215,7 +272,10 @@ async def _floors(here: _Run, evidence: Evidence, bench: Workbench, run_id: str)
         raise Interrupted
 
 
-def _types(results: RunResults, headlines: Mapping[str, str]) -> dict[int, str]:
+def _types(
+    results: RunResults, headlines: Mapping[str, str], controls: Mapping[str, Sequence[float]]
+) -> dict[int, str]:
+    """Return latent → type, by the shuffled explanations and, where there are any, the random-weight `controls`."""
     scores: dict[str, list[Scored]] = {}
     floors: dict[str, list[float]] = {}
     for latent, evaluator, baseline, value, low in results.headlines(headlines):
@@ -223,7 +283,9 @@ def _types(results: RunResults, headlines: Mapping[str, str]) -> dict[int, str]:
             scores.setdefault(evaluator, []).append(Scored(latent, value, low))
         elif baseline == "shuffled":
             floors.setdefault(evaluator, []).append(value)
-    return types(scores, floors)
+    least = least_controls(len(deciding_evaluators(controls)))
+    enough = {name: values for name, values in controls.items() if len(values) >= least}
+    return types(scores, floors, controls=[enough] if controls else ())
 
 
 def _publishing(here: _Run, record: Write, advance: Callable[[int], None]) -> Write:

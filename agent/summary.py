@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from exegete.evaluators.baselines import BASELINES
-from exegete.evaluators.statistics import Interval, mean_interval, paired_interval
+from exegete.evaluators.statistics import Interval, difference_interval, mean_interval, paired_interval
 from exegete.tools.store.results import RunResults
 
+RANDOM_CONTROL = "random_control"
+"""Floor of the explanations of a random-weight dictionary's latents, on those latents' own windows."""
 
-def summarise(results: RunResults, headlines: Mapping[str, str], rng: np.random.Generator) -> dict[str, Any]:
+
+def summarise(
+    results: RunResults,
+    headlines: Mapping[str, str],
+    rng: np.random.Generator,
+    controls: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
     """Return the figures of one dictionary's run.
 
     `outcomes`: status → latents; `types`: type → latents; per evaluator the mean over latents of its headline metric
     (`headlines`: evaluator → metric) with interval and n, and per floor the mean and the paired difference over the latents that have both.
+    Where there are `controls` (evaluator → scores of a random-weight dictionary's latents), they stand beside the floors, with
+    the difference of the means.
     """
     own: dict[str, dict[int, float]] = {}
     floors: dict[tuple[str, str], dict[int, float]] = {}
@@ -27,6 +37,14 @@ def summarise(results: RunResults, headlines: Mapping[str, str], rng: np.random.
         else:
             floors.setdefault((evaluator, baseline), {})[latent] = value
     evaluators = {name: _evaluator(name, headlines[name], scores, floors, rng) for name, scores in sorted(own.items())}
+    for name, figures in evaluators.items():
+        if others := (controls or {}).get(name):
+            values = np.array(list(own[name].values()), dtype=np.float64)
+            control = np.array(others, dtype=np.float64)
+            figures["floors"][RANDOM_CONTROL] = {
+                headlines[name]: _figure(mean_interval(control, rng), len(control)),
+                "above": _figure(difference_interval(values, control, rng), len(values)),
+            }
     return {"outcomes": results.counts("status"), "types": results.counts("typed"), "evaluators": evaluators}
 
 
@@ -64,7 +82,9 @@ def headline(figures: dict[str, Any]) -> list[str]:
         metric = evaluator.get("metric", "balanced_accuracy")  # Runs of older versions had no other.
         lines.append(f"{name}: mean {metric.replace('_', ' ')} {_text(evaluator[metric])}")
         for baseline, floor in evaluator["floors"].items():
-            lines.append(f"  {baseline:<10} {_text(floor[metric])}; above it by {_text(floor['above'])}")
+            lines.append(
+                f"  {baseline.replace('_', ' '):<10} {_text(floor[metric])}; above it by {_text(floor['above'])}"
+            )
     return lines
 
 

@@ -34,6 +34,7 @@ from exegete.agent.graph import Workbench
 from exegete.agent.models import Models, check_models
 from exegete.evaluators import evaluator_names, judge_names
 from exegete.evaluators.contract import maker_of
+from exegete.evaluators.typing import INPUT_EVALUATORS, OUTPUT_EVALUATORS, deciding_evaluators, least_controls
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.evidence import Evidence
 from exegete.tools.explainers import explainer_names
@@ -75,6 +76,7 @@ def check_workbench(config: RunConfig) -> None:
         _check(config, "evaluator", name, label.evaluator_options.get(name, {}))
     for name in label.evaluator_options:
         _maker("evaluator", name)
+    _check_control(config)
     check_models(config.models)
 
 
@@ -173,6 +175,43 @@ class _Supplies:
 
         assert self.inputs is not None
         return LiveModel(self.inputs.subject, [self.inputs.dictionary])
+
+
+def control_latents(config: RunConfig, evidence: Evidence) -> list[int]:
+    """Return the latents of a random-weight control that are labeled, ascending: drawn by the seed from the live ones.
+
+    Raises:
+        UserError: too few of them are live for a bar.
+    """
+    live = [latent for latent, status in evidence.statuses.items() if status == "live"]
+    least = least_controls(len(deciding_evaluators(config.label.evaluators)))
+    if len(live) < least:
+        raise UserError(
+            f"only {len(live)} of {len(evidence.statuses):,} latents of the random-weight control are neither dead, rare nor "
+            f"dense, and typing by it takes {least}: read more text, or set label.random_control = 0"
+        )
+    drawn = generator(config.seed, "random control", evidence.dictionary).permutation(len(live))
+    return sorted(live[i] for i in drawn[: config.label.random_control])
+
+
+def _check_control(config: RunConfig) -> None:
+    label, count = config.label, config.label.random_control
+    if not count:
+        return
+    if config.subject is None or config.dictionary is None or config.corpus is None:
+        raise UserError(
+            f"label.random_control = {count} has a random-weight dictionary read the corpus: the configuration needs "
+            "[subject], [dictionary] and [corpus]"
+        )
+    deciding = deciding_evaluators(label.evaluators)
+    if not deciding:
+        sides = ", ".join((*INPUT_EVALUATORS, *OUTPUT_EVALUATORS))
+        raise UserError(f"label.random_control = {count} is for typing, which takes one of the evaluators {sides}")
+    if count < least_controls(len(deciding)):
+        raise UserError(
+            f"label.random_control = {count} is too few for a bar that {' and '.join(deciding)} hold together: at least "
+            f"{least_controls(len(deciding))}, better 100"
+        )
 
 
 def _check(config: RunConfig, kind: Kind, name: str, options: Mapping[str, Any]) -> None:

@@ -185,14 +185,31 @@ def paired_interval(first: Floats, second: Floats, rng: np.random.Generator, sam
     return mean_interval(first - second, rng, samples)
 
 
+def difference_interval(first: Floats, second: Floats, rng: np.random.Generator, samples: int = 10_000) -> Interval:
+    """Return the difference of the means of two sets of latents, shapes (latents,) and (others,), drawn apart from each other.
+
+    The interval is a percentile bootstrap over both; undefined where one is empty.
+    """
+    if not len(first) or not len(second):
+        return UNDEFINED
+    differences = _resampled_means(first, rng, samples) - _resampled_means(second, rng, samples)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return Interval(float(first.mean() - second.mean()), float(low), float(high))
+
+
 def mean_interval(values: Floats, rng: np.random.Generator, samples: int = 10_000) -> Interval:
     """Return the mean over latents, shape (latents,), with a percentile bootstrap interval; undefined where empty."""
-    n = len(values)
-    if n == 0:
+    if not len(values):
         return UNDEFINED
+    low, high = np.quantile(_resampled_means(values, rng, samples), [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def _resampled_means(values: Floats, rng: np.random.Generator, samples: int) -> Floats:
+    """Return the means of `samples` bootstrap samples of `values`, which is not empty; shape (samples,)."""
+    n = len(values)
     block = max(1, 2_000_000 // n)
     means = [
         values[rng.integers(n, size=(min(block, samples - at), n))].mean(axis=1) for at in range(0, samples, block)
     ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
+    return np.concatenate(means)

@@ -114,6 +114,11 @@ def bar(floor: Iterable[float], level: float = BAR_QUANTILE) -> float:
     return finite[min(place, len(finite)) - 1]
 
 
+def deciding_evaluators(names: Iterable[str]) -> list[str]:
+    """Return those of the evaluators `names` that speak for a side, in their order."""
+    return [name for name in names if name in (*INPUT_EVALUATORS, *OUTPUT_EVALUATORS)]
+
+
 def least_controls(evaluators: int) -> int:
     """Return how many scores a control needs for its bar, where so many evaluators decide: 19 for one, 39 for two, 59 for three."""
     return math.ceil(evaluators / (1 - BAR_QUANTILE) - 1e-9) - 1

@@ -21,7 +21,7 @@ from exegete.tools.store.writer import Writer, evidence_path
 FORMAT = 1
 _MARKER = "store.json"
 _DATABASE = "run.duckdb"
-_FOLDERS = ("evidence", "verdicts", "calls", "corpora", "passes")
+_FOLDERS = ("evidence", "verdicts", "calls", "corpora", "passes", "controls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,22 @@ class Store:
             )
         return cls(folder.resolve())
 
-    def evidence_folder(self, dictionary: str) -> Path:
-        """Return where the evidence of the dictionary with this fingerprint lies (`sha256:…` or bare hex digits)."""
-        return self.folder / evidence_path(dictionary)
+    def evidence_folder(self, dictionary: str, control: bool = False) -> Path:
+        """Return where the evidence of the dictionary with this fingerprint lies (`sha256:…` or bare hex digits).
+
+        `control`: it is the random-weight control of another dictionary.
+        """
+        return self.folder / evidence_path(dictionary, control)
 
     @property
     def corpora(self) -> Path:
         """Where token stores lie."""
         return self.folder / "corpora"
+
+    @property
+    def controls(self) -> Path:
+        """Where random-weight controls keep what they are made from, and their evidence."""
+        return self.folder / "controls"
 
     @property
     def passes(self) -> Path:

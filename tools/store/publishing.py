@@ -81,7 +81,8 @@ def _finish(temporary: Path, folder: Path) -> None:
 
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
     """Return the statements that make the views over the tables behind `connection`, for a store in `folder`."""
-    evidence = dict(connection.execute("SELECT dictionary, evidence FROM data.dictionaries").fetchall())
+    query = "SELECT dictionary, evidence FROM data.dictionaries WHERE evidence NOT LIKE 'controls/%'"
+    evidence = dict(connection.execute(query).fetchall())
     verdicts, calls = (_parts(connection, folder, kind) for kind in ("verdict", "call"))
     return view_statements(folder, evidence, verdicts or [], calls)
 

@@ -114,6 +114,14 @@ class DictionaryRecord:
     hook_point: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def control_of(self) -> str | None:
+        """Fingerprint of the dictionary whose random-weight control this is; None for all others.
+
+        A control's evidence lies apart (`controls/`), and the views of results leave it out.
+        """
+        return self.provenance.get("control_of")
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:

@@ -1,4 +1,5 @@
 -- The views that readers see, made anew at every publishing; {{…}} is filled by views.py with the store's files.
+-- Random-weight controls (their evidence lies in controls/) are in random_controls, runs, calls and costs alone.
 CREATE VIEW latents AS
 SELECT l.dictionary, l.latent, l.status, r.outcome, t.typed, l.density, l.peak, l.mean, l.standard_deviation,
        l.firing_tokens, l.firing_windows, l.tokens, l.histogram, l.certified, l.hard_shortage, r.detail
@@ -29,7 +30,8 @@ COMMENT ON COLUMN latents.detail IS 'Why labeling failed or found no explanation
 
 CREATE VIEW explanations AS
 SELECT explanation_id, dictionary, latent, text, predicate, explainer, model, prompt_digest, parameters, parent
-FROM data.explanations;
+FROM data.explanations
+WHERE dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%');
 COMMENT ON VIEW explanations IS 'One row an explanation of a latent; a latent may have several.';
 COMMENT ON COLUMN explanations.explanation_id IS 'Digest of everything below: the same explanation has the same id.';
 COMMENT ON COLUMN explanations.dictionary IS 'Fingerprint of the dictionary.';
@@ -44,7 +46,8 @@ COMMENT ON COLUMN explanations.parent IS 'The explanation that this one refines.
 
 CREATE VIEW scores AS
 SELECT dictionary, latent, explanation_id, evaluator, metric, value, low, high, n, failures, baseline, status, parameters, run
-FROM data.scores;
+FROM data.scores
+WHERE dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%');
 COMMENT ON VIEW scores IS 'One row a figure of an explanation, or of a floor that stands beside it.';
 COMMENT ON COLUMN scores.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN scores.latent IS 'Index of the latent in its dictionary.';
@@ -64,7 +67,8 @@ COMMENT ON COLUMN scores.run IS 'The run that scored it.';
 CREATE VIEW best_explanations AS
 WITH balanced AS (
     SELECT run, dictionary, latent, explanation_id, baseline, evaluator, avg(value) AS value, avg(low) AS low, avg(high) AS high
-    FROM data.scores WHERE metric = 'balanced_accuracy' AND evaluator IN ('detection', 'fuzzing') GROUP BY ALL
+    FROM data.scores WHERE metric = 'balanced_accuracy' AND evaluator IN ('detection', 'fuzzing')
+    AND dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%') GROUP BY ALL
 ), own AS (
     SELECT run, dictionary, latent, explanation_id, avg(value) AS mean_score,
            any_value(value) FILTER (evaluator = 'detection') AS detection,
@@ -115,7 +119,8 @@ COMMENT ON COLUMN best_explanations.run IS 'The run that scored it.';
 
 CREATE VIEW verdicts AS
 SELECT dictionary, latent, explanation_id, evaluator, baseline, window_id, marks, truth, applies, probability, status, prompt, run
-FROM ({{verdicts}});
+FROM ({{verdicts}})
+WHERE dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%');
 COMMENT ON VIEW verdicts IS 'One row a judged item: what the judge said of one window, beside the truth.';
 COMMENT ON COLUMN verdicts.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN verdicts.latent IS 'Index of the latent in its dictionary.';
@@ -157,8 +162,9 @@ COMMENT ON COLUMN neighbours.cosine IS 'Cosine of the two decoder directions.';
 COMMENT ON COLUMN neighbours.rank IS '0 is the nearest.';
 
 CREATE VIEW dictionaries AS
-SELECT dictionary, name, subject, hook_point, latents, provenance FROM data.dictionaries;
-COMMENT ON VIEW dictionaries IS 'The dictionaries whose results this store holds.';
+SELECT dictionary, name, subject, hook_point, latents, provenance FROM data.dictionaries
+WHERE evidence NOT LIKE 'controls/%';
+COMMENT ON VIEW dictionaries IS 'The dictionaries whose results this store holds, without random-weight controls (random_controls).';
 COMMENT ON COLUMN dictionaries.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN dictionaries.name IS 'Its name as given.';
 COMMENT ON COLUMN dictionaries.subject IS 'The language model under study; null for imported evidence.';
@@ -167,7 +173,9 @@ COMMENT ON COLUMN dictionaries.latents IS 'Number of its latents.';
 COMMENT ON COLUMN dictionaries.provenance IS 'Where it comes from, as JSON.';
 
 CREATE VIEW runs AS
-SELECT run, dictionary, status, seed, code_version, config, figures, started_at, finished_at FROM data.runs;
+SELECT r.run, r.dictionary, r.status, r.seed, r.code_version, r.config, r.figures, r.started_at, r.finished_at,
+       json_extract_string(d.provenance, '$.control_of') AS control_of
+FROM data.runs r LEFT JOIN data.dictionaries d USING (dictionary);
 COMMENT ON VIEW runs IS 'One row a run: a resolved configuration over the latents of a dictionary.';
 COMMENT ON COLUMN runs.run IS 'Digest of configuration, seed and dictionary.';
 COMMENT ON COLUMN runs.dictionary IS 'Fingerprint of the dictionary.';
@@ -178,6 +186,29 @@ COMMENT ON COLUMN runs.config IS 'The resolved configuration, as JSON.';
 COMMENT ON COLUMN runs.figures IS 'Its headline figures, as JSON.';
 COMMENT ON COLUMN runs.started_at IS 'When it first began.';
 COMMENT ON COLUMN runs.finished_at IS 'When it last ended.';
+COMMENT ON COLUMN runs.control_of IS 'For the run of a random-weight control the fingerprint of the dictionary that it is the control of; null for all others.';
+
+CREATE VIEW random_controls AS
+SELECT json_extract_string(d.provenance, '$.control_of') AS dictionary, d.dictionary AS control, s.latent, e.text, s.evaluator,
+       s.metric, s.value, s.low, s.high, s.n, s.failures, s.status, s.run
+FROM data.dictionaries d
+JOIN data.scores s USING (dictionary)
+JOIN data.explanations e ON e.dictionary = s.dictionary AND e.latent = s.latent AND e.explanation_id = s.explanation_id
+WHERE d.evidence LIKE 'controls/%';
+COMMENT ON VIEW random_controls IS 'One row a figure of a latent of a random-weight dictionary (label.random_control): what explanations of directions that nobody trained reach. No other view of results shows them.';
+COMMENT ON COLUMN random_controls.dictionary IS 'Fingerprint of the dictionary that it is the control of.';
+COMMENT ON COLUMN random_controls.control IS 'Fingerprint of the random-weight dictionary.';
+COMMENT ON COLUMN random_controls.latent IS 'Index of the latent in the random-weight dictionary.';
+COMMENT ON COLUMN random_controls.text IS 'Its explanation.';
+COMMENT ON COLUMN random_controls.evaluator IS 'detection, fuzzing, … (PROTOCOLS §3 and later).';
+COMMENT ON COLUMN random_controls.metric IS 'balanced_accuracy, f1, auprc, auroc, …';
+COMMENT ON COLUMN random_controls.value IS 'The figure on held-out windows; null where the metric has no answer.';
+COMMENT ON COLUMN random_controls.low IS 'Lower end of the 95 % interval.';
+COMMENT ON COLUMN random_controls.high IS 'Upper end of the 95 % interval.';
+COMMENT ON COLUMN random_controls.n IS 'Judged items that the figure rests on.';
+COMMENT ON COLUMN random_controls.failures IS 'Items whose verdict failed; they are in no metric.';
+COMMENT ON COLUMN random_controls.status IS 'ok, or why there is no figure.';
+COMMENT ON COLUMN random_controls.run IS 'The run that scored it.';
 
 CREATE VIEW calls AS
 SELECT call_id, run, provider, model, answered_by, status, input_tokens, cached_tokens, cache_write_tokens, output_tokens, usd,

@@ -72,7 +72,7 @@ class Writer:
             d.subject,
             d.hook_point,
             d.latents,
-            evidence_path(d.dictionary),
+            evidence_path(d.dictionary, control=d.control_of is not None),
             _json(d.provenance),
         ]
         with self._transaction() as connection:
@@ -335,9 +335,12 @@ class Writer:
         return UserError(f"cannot write to the store {str(self._folder)!r} ({first}); free some space and resume")
 
 
-def evidence_path(dictionary: str) -> str:
-    """Return where evidence of a dictionary lies within its store: `evidence/` and 16 hex digits of the fingerprint."""
-    return f"evidence/{dictionary.removeprefix('sha256:')[:16]}"
+def evidence_path(dictionary: str, control: bool = False) -> str:
+    """Return where evidence of a dictionary lies within its store: `evidence/` and 16 hex digits of the fingerprint.
+
+    That of a random-weight control lies in `controls/`: what labels, lists or exports all evidence does not meet it.
+    """
+    return f"{'controls' if control else 'evidence'}/{dictionary.removeprefix('sha256:')[:16]}"
 
 
 def _json(value: Mapping[str, Any]) -> str:
