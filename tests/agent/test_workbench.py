@@ -107,3 +107,10 @@ def test_no_budget_counts_more_than_a_budget() -> None:
 def test_a_plan_names_models_and_budget() -> None:
     lines = plan(load_config(None, [f"models.judge={HERE}", "models.budget_usd=2.5"], SUBJECT))
     assert f"language models: judge {HERE}; budget: 2.50 USD" in lines
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.toml")), ids=lambda f: f.name)
+def test_every_example_is_a_configuration_that_could_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KEYS:
+        monkeypatch.setenv(name, "a-key")
+    check_workbench(load_config(file))
