@@ -55,7 +55,7 @@ def _commands() -> Iterator[tuple[str, ...]]:
 def _configuration() -> Iterator[tuple[str, ...]]:
     defaults = dotted_defaults()
     for key, meaning in dotted_keys().items():
-        yield f"`{key}`", f"`{defaults[key]}`" if key in defaults else "", meaning
+        yield f"`{key}`", f"`{defaults[key]}`" if key in defaults else "", " ".join(meaning.split())
 
 
 def dotted_defaults() -> dict[str, object]:
