@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exegete.agent import instrument_cli
+from exegete.agent import audit_cli, instrument_cli
 from exegete.tools.errors import ExegeteError, UserError
 from exegete.tools.rendering import visible
 
@@ -193,6 +193,7 @@ def doctor(
 
 
 app.registered_commands += instrument_cli.app.registered_commands
+app.registered_commands += audit_cli.app.registered_commands
 
 
 @evidence_app.command("import")

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("prompts", "tools", "evaluators", "agent")
+KNOWING_THE_GRAMMAR = (Path("agent/gathering.py"), Path("agent/audit_bank.py"))
+"""The audit of evaluators plants what it tells the truth of."""
 HEAVY = ("torch", "transformer_lens", "sae_lens", "sentence_transformers", "transformers", "langgraph", "datasets")
 
 
@@ -47,9 +49,9 @@ def test_langgraph_stays_in_agent(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_bundled_tools_and_gathering_know_the_bundled_grammar(path: Path) -> None:
+def test_only_bundled_tools_gathering_and_the_audit_know_the_bundled_grammar(path: Path) -> None:
     relative = path.relative_to(ROOT)
-    if relative.parts[:2] == ("tools", "bundled") or relative == Path("agent/gathering.py"):
+    if relative.parts[:2] == ("tools", "bundled") or relative in KNOWING_THE_GRAMMAR:
         return
     assert not {name for name in imports(path) if name.startswith("exegete.tools.bundled")}
 

@@ -324,9 +324,12 @@ def _view(tokens: tuple[str, ...]) -> View:
 
 
 def _test(view: View, name: Field, accepts: Callable[[str], bool]) -> Mask:
+    # Each distinct token or word is asked once: long texts have few.
     if name == "token":
-        return np.fromiter((accepts(t) for t in view.tokens), bool, len(view.tokens))
-    return np.fromiter((any(map(accepts, words)) for words in view.words), bool, len(view.words))
+        of_token = {token: accepts(token) for token in set(view.tokens)}
+        return np.fromiter(map(of_token.__getitem__, view.tokens), bool, len(view.tokens))
+    of_words = {words: any(map(accepts, words)) for words in set(view.words)}
+    return np.fromiter(map(of_words.__getitem__, view.words), bool, len(view.words))
 
 
 def _bracketed(node: Node) -> str:

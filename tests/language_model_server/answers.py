@@ -99,9 +99,11 @@ def fill(schema: Mapping[str, Any], root: Mapping[str, Any], content: Content, n
 def _object(schema: Mapping[str, Any], root: Mapping[str, Any], content: Content, at: int) -> dict[str, Any]:
     properties: Mapping[str, Any] = schema.get("properties", {})
     numbered = at < 0 and len(properties) == len(content.verdicts) and all(re.search(r"\d", n) for n in properties)
+    # Canonical schemas list "10" before "2": properties are filled by the order of their numbers.
+    order = sorted(properties, key=lambda name: int(re.search(r"\d+", name)[0])) if numbered else list(properties)  # type: ignore[index]
+    places = {name: number for number, name in enumerate(order)}
     return {
-        name: fill(inner, root, content, name, number if numbered else at)
-        for number, (name, inner) in enumerate(properties.items())
+        name: fill(inner, root, content, name, places[name] if numbered else at) for name, inner in properties.items()
     }
 
 
