@@ -30,8 +30,8 @@ class Carrier:
         self._gatherer = gatherer
         self._maker = Maker(parts)
         self._reader = Reader(parts, gatherer)
-        self._carried = 0
-        """Batches at the provider."""
+        self._carried: set[str] = set()
+        """Nonces of the batches at the provider."""
 
     async def carry(self, batch: OpenBatch, file: RequestFile) -> None:
         """Make a batch of a file and bring its replies back."""
@@ -87,7 +87,7 @@ class Carrier:
     async def _follow(self, batch: OpenBatch) -> None:
         if batch.batch is None or not batch.calls:
             return
-        self._carried += 1
+        self._carried.add(batch.nonce)
         try:
             await self._finish(batch, await self._ended(batch))
         except Gone:
@@ -97,7 +97,7 @@ class Carrier:
         except UserError as error:
             await self._stop(batch, error)
         finally:
-            self._carried -= 1
+            self._carried.discard(batch.nonce)
 
     async def _ended(self, batch: OpenBatch) -> State:
         heard = time.monotonic()
@@ -128,10 +128,12 @@ class Carrier:
 
     async def _no_room(self, batch: OpenBatch, why: Transient) -> None:
         """The provider's queue is full: come again later, with less where the queue holds nothing else of ours."""
-        if self._carried == 1 and batch.requests == 1:
+        batch.missing = dict.fromkeys(batch.calls.values(), str(why))
+        self._carried.discard(batch.nonce)
+        if not self._carried and batch.requests == 1:
             batch.refusal = UserError(f"{self._parts.wire.name}: the provider has no room for one request: {why}")
             await self._reader.conclude(batch)
-        if self._carried == 1:
+        if not self._carried:
             self._gatherer.max_requests = max(1, batch.requests // 2)
         await self._reader.land(batch, counted=False, wait_s=self._parts.batches.full_s)
 

@@ -231,6 +231,29 @@ def test_batches_side_by_side_teach_once() -> None:
     assert [len(names) for names in wire.made] == [2, 2, 2, 2]
 
 
+class Full(Fake):
+    """A provider whose queue takes batches up to a size."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    async def state(self, batch: str) -> State:
+        full = len(self.made[int(batch)]) > self.room
+        return State(True, rejected=Transient("enqueued token limit", pushback=True) if full else None)
+
+
+def test_a_queue_that_takes_less_is_given_less() -> None:
+    wire, budget = Full(2), Budget(1.0)
+    replies = answered(client_of(wire, Counting(), budget, max_requests=8, full_s=0.02), questions(16))
+    assert {reply.status for reply in replies} == {"ok"} and {reply.attempts for reply in replies} == {1}
+    sizes = [len(names) for names in wire.made]
+    assert sizes[:2] == [8, 8] and sum(size for size in sizes if size <= 2) == 16 and max(sizes[-8:]) == 2
+    assert budget.reserved_usd == 0 and budget.spent_usd == pytest.approx(16 * 30e-6)
+    with pytest.raises(UserError, match="no room for one request"):
+        answered(client_of(Full(0), Counting(), full_s=0.02), questions(2))
+
+
 @pytest.mark.parametrize("failing", ["submitting", "answered"])
 def test_a_journal_that_fails_stops_everything(failing: str) -> None:
     wire, journal = Fake(), Counting(failing)
