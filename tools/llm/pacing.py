@@ -8,7 +8,9 @@
    rate so far (fewer answers may only mean that less was asked). It then grows as exp(0.05 t + 0.02 t²), t seconds since
    the last pushback: by 7 % in the first second, tenfold after ten, so a limit is followed closely and left within some
    twenty seconds of its end. Growth of the window speeds up alike.
-3. Pushback to a call that was sent before the last slowing-down says nothing new and slows nothing.
+3. Pushback to a call that was sent before the last slowing-down says nothing new and slows nothing. Neither does one in
+   ten or more calls: a provider that is short of machines refuses some whatever the pace, and whoever slowed down for each
+   would soon ask a hundredth of what it takes.
 4. Where nothing has been answered for a second, a Retry-After holds for everybody, not only for the call that got it.
 5. *Given limits*, per minute, are buckets that hold a tenth of a minute's worth and may go into debt, so that one call
    larger than the bucket still passes. Tokens are estimated before a call and corrected by its usage.
@@ -30,6 +32,8 @@ _START_WINDOW = 32.0
 _FIRST_RATE = 10.0
 _LEAST_RATE = 0.5
 _GOODPUT_SECONDS = 1.0
+_TOLERATED = 0.1
+"""Share of calls that may be refused lately without slowing down."""
 _BUCKET_SECONDS = 6.0
 
 
@@ -105,7 +109,8 @@ class Pacer:
         self._next = now
         self._paused_until = now
         self._goodput = 0.0
-        self._goodput_at = now
+        self._refused = 0.0
+        self._counted_at = now
         self._started = now
         self._answered = now
         self._requests = Bucket(limits.requests_per_minute, now)
@@ -131,8 +136,9 @@ class Pacer:
     def answered(self, slot: Slot, tokens: float) -> None:
         """The request was answered and took `tokens` tokens in all."""
         now = self._clock()
-        self._goodput = self._decayed(now) + 1.0
-        self._goodput_at = self._answered = now
+        self._decay(now)
+        self._goodput += 1.0
+        self._answered = now
         self._tokens.take(tokens - slot.tokens)
         if self.window < self._most and self.in_flight >= self.window - 1:
             step = 1.0 if self.window < self._threshold else (1 + (now - self._slowed) ** 2 / 25) / self.window
@@ -142,7 +148,10 @@ class Pacer:
     def pushed_back(self, slot: Slot, retry_after_s: float | None) -> None:
         """The server asked for fewer requests."""
         now = self._clock()
-        if slot.sent >= self._slowed:
+        self._decay(now)
+        self._refused += 1.0
+        tolerated = self._refused < _TOLERATED * (self._refused + self._goodput)
+        if slot.sent >= self._slowed and not tolerated:
             if self._base_rate == math.inf:
                 self.window = self._threshold = max(1.0, min(self.window, self.in_flight) / 2)
             self._slow_down(now)
@@ -165,15 +174,18 @@ class Pacer:
 
     def _slow_down(self, now: float) -> None:
         seen = min(_GOODPUT_SECONDS, max(now - self._started, 0.05))
-        lately = self._decayed(now) / (_GOODPUT_SECONDS * (1 - math.exp(-seen / _GOODPUT_SECONDS)))
+        lately = self._goodput / (_GOODPUT_SECONDS * (1 - math.exp(-seen / _GOODPUT_SECONDS)))
         rate = self.rate(now)
         halved = 0.5 * rate if rate != math.inf else _FIRST_RATE
         self._base_rate = max(_LEAST_RATE, min(0.9 * rate, max(0.85 * lately, halved)))
         self._next = max(self._next, now)
         self._slowed = now
 
-    def _decayed(self, now: float) -> float:
-        return self._goodput * math.exp((self._goodput_at - now) / _GOODPUT_SECONDS)
+    def _decay(self, now: float) -> None:
+        kept = math.exp((self._counted_at - now) / _GOODPUT_SECONDS)
+        self._goodput *= kept
+        self._refused *= kept
+        self._counted_at = now
 
     def _back(self) -> None:
         self.in_flight -= 1

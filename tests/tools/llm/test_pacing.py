@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Callable
 
@@ -36,10 +37,13 @@ class Clock:
 
 
 def load(
-    limits: Limits, seconds: float, allowed: Callable[[float], float], latency_s: float = 0.05
+    limits: Limits, seconds: float, allowed: Callable[[float], float], latency_s: float = 0.05, refused: float = 0.0
 ) -> list[tuple[float, bool]]:
-    """Keep 300 callers asking a server that allows `allowed(t)` requests per second; return (time, answered) by request."""
-    clock = Clock()
+    """Keep 300 callers asking a server that allows `allowed(t)` requests per second; return (time, answered) by request.
+
+    It refuses a share of `refused`, drawn by chance, whatever the pace.
+    """
+    clock, chance = Clock(), random.Random(0)
     pacer = Pacer(limits, clock)
     seen: list[tuple[float, bool]] = []
     level = [1e9, 0.0]
@@ -50,7 +54,7 @@ def load(
             rate = allowed(clock())
             level[0] = min(max(1.0, rate * 0.05), level[0] + (clock() - level[1]) * rate)
             level[1] = clock()
-            good = level[0] >= 1
+            good = level[0] >= 1 and chance.random() >= refused
             level[0] -= good
             seen.append((clock(), good))
             await asyncio.sleep(latency_s)
@@ -81,6 +85,12 @@ def test_follows_a_sudden_limit_and_leaves_it_again() -> None:
     assert rate(seen, 15, 30, good=False) < 3
     # Within twenty-five seconds of its end: full speed again.
     assert rate(seen, 55, 60) > 0.9 * 64 / 0.05
+
+
+def test_a_server_that_refuses_some_whatever_the_pace_is_asked_at_full_speed() -> None:
+    seen = load(Limits(concurrency=64), 30, lambda t: 1e9, refused=0.05)
+    assert rate(seen, 0, 30) > 0.9 * 64 / 0.05
+    assert rate(seen, 0, 30, good=False) / rate(seen, 0, 30) == pytest.approx(0.05, abs=0.01)
 
 
 def test_slow_answers_do_not_keep_the_rate_below_the_limit() -> None:
