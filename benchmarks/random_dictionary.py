@@ -1,16 +1,18 @@
 """How many latents of a random-weight dictionary come out as explained? Run `python -m benchmarks.random_dictionary`.
 
-Three dictionaries at one hook point of the bundled subject go through the same run (lexical explainer, predicate judge,
-detection and fuzzing): the bundled one; `tied`, Gaussian directions of unit length, the encoder their transpose, biases zero,
-as a TopK dictionary stands before training; and `independent`, whose encoder is drawn on its own. Random directions read text
-and nobody trained them: what is said of them is true of any direction.
+Dictionaries at one hook point of the bundled subject go through the same run (lexical explainer, predicate judge, detection and
+fuzzing), each with its own control (`label.random_control`, `exegete.tools.random_control`): the bundled one; `tied`, Gaussian
+directions of unit length, the encoder their transpose, biases zero, as a TopK dictionary stands before training; and
+`independent`, whose encoder is drawn on its own. Random directions read text and nobody trained them: what is said of them is
+true of any direction.
 
 1. `scores`: per evaluator the mean over latents, the quartiles and the AUROC of the bundled latents' scores against those of
-   `tied`; and how long the explanations are.
-2. `shares`: latents typed as explained (PROTOCOLS §12), with Wilson's interval over latents, by two bars. `shuffled`: the
-   shuffled explanations of the dictionary's own run. `random`: beside it the scores of half of the `tied` latents, drawn by
-   seed, for explanations of their own; the other half is what `tied` is typed on. `over_splits` is the mean share over other
-   halves, and the range that holds 95 % of them, since a bar drawn from so many latents has an error of its own.
+   `tied`; the mean of the control; and how long the explanations are.
+2. `shares`: latents typed as explained (PROTOCOLS §12), with Wilson's interval over latents. `run` is what the run itself
+   stored, by both bars. The others are the same arithmetic over its scores: `shuffled` by the shuffled explanations alone,
+   for both evaluators and for either; `over_draws` the mean share, and the range that holds 95 % of the shares, where the
+   control's latents are drawn again from all random ones of the controls, since a bar that rests on so many has an error
+   of its own.
 3. `by_token`: why. The share of the variance at the hook point that the token alone predicts, and the token with the one
    before it, on texts that the means were not taken from; and how well the token alone predicts where a latent fires
    (median AUROC over latents).
@@ -22,7 +24,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +42,11 @@ from exegete.tools.bundled import dictionary_path, sample_texts, subject_path
 from exegete.tools.dictionaries import PlainDictionary
 from exegete.tools.dictionary_loaders import load_dictionary
 from exegete.tools.live_model import LiveModel, Reading, Trial
+from exegete.tools.random_control import unit_rows, write_plain
 from exegete.tools.seeds import generator
 from exegete.tools.subject import Subject, load_subject
 
-SPLITS = 200
+DRAWS = 200
 FITTED_TEXTS, HELD_OUT_TEXTS = 1_500, 500
 PREDICTED = 200
 """Latents of each dictionary of which it is seen how well the token predicts where they fire."""
@@ -50,14 +54,21 @@ LEAST_FIRINGS = 10
 """On the held-out texts, below which where a latent fires is too little to be predicted or not."""
 
 Floors = dict[str, list[float]]
+TYPES = ("input", "output", "both", "unexplained")
+"""Of latents that were measured; dead, rare and dense ones were not."""
 
 
 class Labelled(NamedTuple):
-    """What a run came to: balanced accuracies by evaluator, those of shuffled explanations, and lengths of the texts."""
+    """What a run came to: balanced accuracies by evaluator, those of its floors, types, and lengths of the texts."""
 
     scores: dict[str, list[Scored]]
     shuffled: Floors
+    control: Floors
+    typed: dict[int, str]
     characters: list[int]
+
+
+DICTIONARIES = ("bundled", "tied", "independent")
 
 
 def main() -> None:
@@ -66,6 +77,8 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=300, help="of each dictionary, drawn by the seed")
     parser.add_argument("--documents", type=int, default=4_000, help="of the bundled grammar")
     parser.add_argument("--floors", type=int, default=100, help="latents with shuffled explanations")
+    parser.add_argument("--control", type=int, default=150, help="latents of each control")
+    parser.add_argument("--dictionaries", nargs="+", default=["bundled", "tied"], choices=DICTIONARIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder for the stores; a temporary one where it is left out")
@@ -86,10 +99,13 @@ def measure(work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     folders = {"bundled": "bundled:demo"}
     for name, tied in (("tied", True), ("independent", False)):
         folders[name] = str(write_random(work / f"{name}-dictionary", bundled, tied, chosen.seed))
-    found = {name: label(folder, work / f"{name}-store", chosen) for name, folder in folders.items()}
-    loaded = {"bundled": bundled} | {name: load_dictionary(folders[name], subject) for name in ("tied", "independent")}
+    wanted = [name for name in DICTIONARIES if name in chosen.dictionaries]
+    found = {name: label(folders[name], work / f"{name}-store", chosen) for name in wanted}
+    loaded = {"bundled": bundled} | {
+        name: load_dictionary(folders[name], subject) for name in wanted if name != "bundled"
+    }
     return {
-        "scores": {name: summary(one, found["tied"]) for name, one in found.items()},
+        "scores": {name: summary(one, found.get("tied")) for name, one in found.items()},
         "shares": shares(found, chosen.seed),
         "by_token": by_token(subject, loaded, chosen.seed),
     }
@@ -97,92 +113,89 @@ def measure(work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def write_random(folder: Path, like: PlainDictionary, tied: bool, seed: int) -> Path:
     """Write a dictionary of the shape, hook point and TopK of `like`, with Gaussian rows of unit length; return `folder`."""
-    from safetensors.torch import save_file
-
-    def drawn(name: str) -> Tensor:
-        rows = torch.from_numpy(generator(seed, "random dictionary", name).standard_normal((like.latents, like.width)))
-        return torch.nn.functional.normalize(rows).float()
-
-    decoder = drawn("decoder")
-    encoder = decoder if tied else drawn("encoder")
-    weights = {"encoder": encoder.T.contiguous(), "encoder_bias": torch.zeros(like.latents)}
-    weights |= {"decoder": decoder.clone(), "decoder_bias": torch.zeros(like.width)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "dictionary.safetensors")
-    configuration = {"hook_point": like.hook_point, "activation": "topk", "k": like.k, "subtract_decoder_bias": True}
-    (folder / "dictionary.json").write_text(json.dumps(configuration))
-    return folder
+    decoder = unit_rows(like.latents, like.width, seed, "decoder")
+    encoder = decoder if tied else unit_rows(like.latents, like.width, seed, "encoder")
+    drawn = replace(
+        like,
+        name=folder.name,
+        encoder=encoder.T,
+        encoder_bias=torch.zeros(like.latents),
+        decoder=decoder,
+        decoder_bias=torch.zeros(like.width),
+        input_shift=None,
+    )
+    return write_plain(folder, drawn)
 
 
 def label(dictionary: str, store: Path, chosen: argparse.Namespace) -> Labelled:
     """Label a dictionary in a run of its own and return what came out."""
     settings = ["subject.name=bundled", f"dictionary.path={dictionary}", "corpus.source=bundled", f"seed={chosen.seed}"]
     settings += [f"corpus.documents={chosen.documents}", f"label.limit={chosen.latents}"]
-    settings += [f"label.floors={chosen.floors}", "label.explainer=lexical", "label.judge=predicate"]
+    settings += [f"label.floors={chosen.floors}", f"label.random_control={chosen.control}"]
+    settings += ["label.explainer=lexical", "label.judge=predicate"]
     run(load_config(None, settings, {"store": str(store)}))
     connection = exegete.connect(store)
     rows = connection.execute(
         "SELECT latent, evaluator, baseline, value, low FROM scores WHERE metric = 'balanced_accuracy'"
         " AND (baseline IS NULL OR baseline = 'shuffled') AND value IS NOT NULL ORDER BY ALL"
     ).fetchall()
-    found = Labelled({}, {}, [len(text) for (text,) in connection.execute("SELECT text FROM explanations").fetchall()])
+    typed = dict(connection.execute(f"SELECT latent, typed FROM latents WHERE typed IN {TYPES}").fetchall())
+    lengths = [length for (length,) in connection.execute("SELECT length(text) FROM explanations").fetchall()]
+    found = Labelled({}, {}, {}, typed, lengths)
     for latent, evaluator, baseline, value, low in rows:
         if baseline is None:
             found.scores.setdefault(evaluator, []).append(Scored(latent, value, low))
         else:
             found.shuffled.setdefault(evaluator, []).append(value)
+    query = "SELECT evaluator, value FROM random_controls WHERE metric = 'balanced_accuracy' AND value IS NOT NULL"
+    for evaluator, value in connection.execute(f"{query} ORDER BY evaluator, latent").fetchall():
+        found.control.setdefault(evaluator, []).append(value)
     return found
 
 
-def summary(found: Labelled, random: Labelled) -> dict[str, Any]:
+def summary(found: Labelled, random: Labelled | None) -> dict[str, Any]:
     """Return the scores of one dictionary by evaluator, beside shuffled explanations and the `random` latents."""
     figures: dict[str, Any] = {"median_characters": float(np.median(found.characters))}
     for evaluator, rows in found.scores.items():
-        values, others = _values(rows), _values(random.scores[evaluator])
-        mean = mean_interval(values, np.random.default_rng(0))
-        truth = np.repeat([True, False], [len(values), len(others)])
+        values = _values(rows)
         figures[evaluator] = {
-            "mean": _round(mean),
+            "mean": _round(mean_interval(values, np.random.default_rng(0))),
             "n": len(values),
             "quartiles": _round(np.quantile(values, [0.25, 0.5, 0.75])),
             "shuffled_mean": _round([np.mean(found.shuffled[evaluator])])[0],
-            "auroc_against_tied": _round([auroc(truth, np.concatenate([values, others]))])[0],
+            "control_mean": _round(mean_interval(np.array(found.control[evaluator]), np.random.default_rng(0))),
+            "control_n": len(found.control[evaluator]),
         }
+        if random is not None:
+            others = _values(random.scores[evaluator])
+            truth = np.repeat([True, False], [len(values), len(others)])
+            area = auroc(truth, np.concatenate([values, others]))
+            figures[evaluator]["auroc_against_tied"] = _round([area])[0]
     return figures
 
 
 def shares(found: Mapping[str, Labelled], seed: int) -> list[dict[str, Any]]:
     """Return the share of latents typed as explained for each dictionary, set of evaluators and bar."""
-    rows = []
-    for evaluators in (INPUT_EVALUATORS, *((name,) for name in INPUT_EVALUATORS)):
-        for name, one in found.items():
-            for kind in ("shuffled", "random"):
-                rows.append({"dictionary": name, "evaluators": " or ".join(evaluators), "bar": kind})
-                rows[-1] |= _share(found["tied"], one, evaluators, kind == "random", seed)
+    rows: list[dict[str, Any]] = []
+    for name, one in found.items():
+        computed = types(one.scores, one.shuffled, controls=[one.control])
+        if computed != one.typed:
+            raise RuntimeError(f"{name}: the run typed other latents than its scores say")
+        over = [_explained(_redrawn(found, one, seed, draw)) / len(one.typed) for draw in range(DRAWS)]
+        spread = _round([np.mean(over), *np.quantile(over, [0.025, 0.975])])
+        rows.append({"dictionary": name, "bar": "run", **_figures(one.typed), "over_draws": spread})
+        for side in (INPUT_EVALUATORS, *((evaluator,) for evaluator in INPUT_EVALUATORS)):
+            shuffled = types(one.scores, one.shuffled, input_side=side)
+            rows.append({"dictionary": name, "bar": "shuffled", "evaluators": " or ".join(side), **_figures(shuffled)})
     return rows
 
 
-def _share(random: Labelled, one: Labelled, evaluators: Sequence[str], controlled: bool, seed: int) -> dict[str, Any]:
-    if not controlled:
-        return _figures(types(one.scores, one.shuffled, input_side=evaluators))
-    drawn = [_typed_on_half(random, one, evaluators, seed, split) for split in range(SPLITS + 1)]
-    over = [_explained(each) / len(each) for each in drawn[1:]]
-    spread = _round([np.mean(over), *np.quantile(over, [0.025, 0.975])])
-    return {**_figures(drawn[0]), "over_splits": spread}
-
-
-def _typed_on_half(random: Labelled, one: Labelled, evaluators: Sequence[str], seed: int, split: int) -> dict[int, str]:
-    latents = sorted({row.latent for rows in random.scores.values() for row in rows})
-    order = generator(seed, "halves", split).permutation(latents)
-    half = set(order[: len(order) // 2].tolist())
-    control = _kept(random, lambda latent: latent in half)
-    typed = _kept(one, lambda latent: latent not in half) if one is random else one.scores
-    bars = {name: [row.value for row in rows if row.value is not None] for name, rows in control.items()}
-    return types(typed, one.shuffled, controls=[bars], input_side=evaluators)
-
-
-def _kept(found: Labelled, wanted: Callable[[int], bool]) -> dict[str, list[Scored]]:
-    return {name: [row for row in rows if wanted(row.latent)] for name, rows in found.scores.items()}
+def _redrawn(found: Mapping[str, Labelled], one: Labelled, seed: int, draw: int) -> dict[int, str]:
+    """Return the types of `one` by a control of the same size, drawn with replacement from the latents of all controls."""
+    pooled = {name: np.concatenate([each.control[name] for each in found.values()]) for name in one.control}
+    size, total = (len(next(iter(group.values()))) for group in (one.control, pooled))
+    latents = generator(seed, "draws", draw).integers(total, size=size)
+    return types(one.scores, one.shuffled, controls=[{name: values[latents] for name, values in pooled.items()}])
 
 
 def _figures(typed: Mapping[int, str]) -> dict[str, Any]:
