@@ -9,7 +9,8 @@ question another one, as a labeling run does.
   `ours`: our client, its journal in memory, twice as many callers as may be in flight, so that pacing has a queue. `kept`:
   the same with the store's journal on the disk. The criterion is our rate by the smaller one of the ideal rate (calls in
   flight by 50 ms) and the SDK's of the same round, and the CPU time of a call (all threads) above the SDK's. Beside it:
-  what the server gives to a client that does no more than read and write sockets, and its own CPU time.
+  what the server gives to a client that does no more than read and write sockets, and its own CPU time; and what a call
+  costs where the SDK returns the same answer at once, which is our layer alone, with little noise.
 - `limit`: the server takes all, then 5 requests a second, then all again. Answers take a second there, so that the server
   bounds the rate and not this machine. By the server's log: accepted and refused requests in each second, seconds until
   the rate holds to the limit, and until it is back.
@@ -45,6 +46,7 @@ from exegete.evaluators.model_judge import prompt, verdict_schema
 from exegete.tools.explainers import Explanation
 from exegete.tools.llm import Client, Limits, MemoryJournal, Request, open_client
 from exegete.tools.llm.anthropic_client import AnthropicWire
+from exegete.tools.llm.journaled import JournaledClient
 from exegete.tools.llm.openai_client import OpenAIWire
 from exegete.tools.llm.specs import parse_spec
 from exegete.tools.store.journal import StoreJournal
@@ -160,6 +162,17 @@ class Ways:
 
         return await timed(ask, len(requests), 2 * self.in_flight)
 
+    async def alone(self, requests: Sequence[Request]) -> tuple[float, float]:
+        """Ask by our client over an SDK that returns one real answer at once."""
+        limits = Limits(concurrency=self.in_flight)
+        spec = parse_spec(self.client.name)
+        wire = OpenAIWire(spec, limits) if self.kind is ChatCompletion else AnthropicWire(spec, limits)
+        await wire.close()
+        instant: Any = _Instant(await self.create(**wire.body(requests[0])))
+        wire._client = instant
+        client = JournaledClient(wire, journal=MemoryJournal(), budget=None, price=None, limits=limits)
+        return await self._through(client, requests)
+
     async def sockets(self, requests: Sequence[Request]) -> tuple[float, float]:
         """Send the same bodies and read the replies, no more."""
         path = self.path if self.path.startswith("/v1") else f"/v1{self.path}"
@@ -186,6 +199,18 @@ class Ways:
         for opened in (self.sdk, self.wire, self.client, self.keeping):
             await opened.close()
         self.store.close()
+
+
+class _Instant:
+    """An SDK's client that has its answer already."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def post(self, path: str, **options: Any) -> Any:
+        """Return the answer."""
+        await asyncio.sleep(0)
+        return self._answer
 
 
 async def timed(ask: Ask, count: int, callers: int) -> tuple[float, float]:
@@ -218,6 +243,7 @@ async def _by_turns(ways: Ways, chosen: argparse.Namespace) -> dict[str, Any]:
         requests = questions(range(number * count, (number + 1) * count))
         order = list(asked) if number % 2 else list(asked)[::-1]
         taken.append({way: await asked[way](requests) for way in order})
+    alone = [(await ways.alone(questions(range(2_000))))[1] for _ in range(chosen.rounds)]
     before = ways.server.counts()["cpu_s"]
     sockets = await ways.sockets(questions(range(count)))
     server_cpu = ways.server.counts()["cpu_s"] - before
@@ -225,6 +251,7 @@ async def _by_turns(ways: Ways, chosen: argparse.Namespace) -> dict[str, Any]:
     return _table(taken[1:], chosen.in_flight / chosen.seconds) | {
         "calls": count,
         "rounds": chosen.rounds,
+        "layer_alone_cpu_ms": _spread([1e3 * seconds for seconds in alone]),
         "server_to_bare_sockets_per_s": round(sockets[0]),
         "server_cpu_ms": round(1e3 * server_cpu / count, 3),
     }
