@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 class Waiting:
     """One call and who waits for its reply."""
 
-    __slots__ = ("begun", "call", "future", "request", "submissions")
+    __slots__ = ("begun", "call", "future", "looked_up", "request", "submissions")
 
     def __init__(self, call: str, request: Request) -> None:
         self.call = call
@@ -33,6 +33,8 @@ class Waiting:
         # Looked at, so that asyncio does not report it where the caller has gone.
         self.future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         self.begun = time.perf_counter()
+        self.looked_up = False
+        """Whether the journal has been asked; until then nobody but the look-up sends it anywhere."""
         self.submissions = 0
         """Batches that it was put into."""
 

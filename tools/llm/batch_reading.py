@@ -98,7 +98,7 @@ class Reader:
             if last or waiting.submissions >= self._parts.batches.submissions:
                 detail = batch.missing.get(call, "the batch holds no result")
                 failed[name] = Reply("error", detail=detail, attempts=max(1, waiting.submissions))
-            else:
+            elif waiting.looked_up:
                 again.append(waiting)
         if self._parts.budget is not None and batch.sent_usd:
             self._parts.budget.settle(batch.sent_usd, 0.0)

@@ -23,7 +23,7 @@ from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained
 from exegete.tools.llm.wire import Abilities
 
 _CALL_DIGITS = 40
-_CLOCKS_DIFFER_S = 3_600
+_CLOCKS_DIFFER_S = 86_400
 Answer = TypeVar("Answer")
 
 

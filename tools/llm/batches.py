@@ -141,6 +141,7 @@ class BatchClient:
 
     def _place(self, waiting: Waiting, known: Reply | None) -> None:
         desk = self._parts.desk
+        waiting.looked_up = True
         if waiting.future.done():
             return
         if known is not None:

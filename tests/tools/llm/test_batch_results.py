@@ -25,7 +25,17 @@ from exegete.tools.llm import (
 )
 from exegete.tools.llm.batch_anthropic import AnthropicBatchWire
 from exegete.tools.llm.batch_openai import OpenAIBatchWire
-from exegete.tools.llm.batch_wire import BatchWire, Frame, Result, Sighting, State, listed, outcome, read_result
+from exegete.tools.llm.batch_wire import (
+    BatchWire,
+    Frame,
+    Result,
+    Sighting,
+    State,
+    listed,
+    new_nonce,
+    outcome,
+    read_result,
+)
 from exegete.tools.llm.batches import BatchClient
 from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained
 from exegete.tools.llm.specs import parse_spec
@@ -252,6 +262,76 @@ def test_a_queue_that_takes_less_is_given_less() -> None:
     assert budget.reserved_usd == 0 and budget.spent_usd == pytest.approx(16 * 30e-6)
     with pytest.raises(UserError, match="no room for one request"):
         answered(client_of(Full(0), Counting(), full_s=0.02), questions(2))
+
+
+class Slow(MemoryJournal):
+    """A journal that takes its time with every answer but the first few."""
+
+    def __init__(self, quick: int) -> None:
+        super().__init__()
+        self.quick = quick
+
+    async def known(self, call: str) -> Reply | None:
+        self.quick -= 1
+        await asyncio.sleep(0.3 if self.quick < 0 else 0)
+        return await super().known(call)
+
+
+def test_a_call_that_is_looked_up_while_its_batch_lands_is_sent_once() -> None:
+    wire, journal = Fake(), Slow(quick=4)
+    calls = {one.id(wire.name): 0.001 for one in questions(4)}
+    asyncio.run(journal.submitting(new_nonce(), wire.name, calls))
+    # The batch was never made, which is known after 0.1 s, before the journal has said that there are no replies.
+    replies = answered(client_of(wire, journal, linger_s=0.5), questions(4))
+    assert {reply.status for reply in replies} == {"ok"} and journal.open == {}
+    assert [len(names) for names in wire.made] == [4] and len(set(wire.made[0])) == 4
+
+
+def test_a_reply_is_used_once_it_is_written_down() -> None:
+    class Holding(MemoryJournal):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = asyncio.Event()
+            self.release = asyncio.Event()
+
+        async def answered(self, call: str, reply: Reply) -> None:
+            self.held.set()
+            await self.release.wait()
+            await super().answered(call, reply)
+
+    async def ask() -> tuple[bool, str]:
+        journal = Holding()
+        client = client_of(Fake(), journal)
+        asking = asyncio.ensure_future(client.complete(questions(1)[0]))
+        await journal.held.wait()
+        await asyncio.sleep(0.05)
+        early = asking.done()
+        journal.release.set()
+        reply = await asking
+        await client.close()
+        return early, reply.status
+
+    assert asyncio.run(ask()) == (False, "ok")
+
+
+def test_a_batch_that_is_being_made_gets_its_id_before_the_client_closes() -> None:
+    class Making(Fake):
+        async def create(self, prepared: str, nonce: str) -> str:
+            name = await super().create(prepared, nonce)
+            await asyncio.sleep(0.2)
+            return name
+
+    async def ask() -> MemoryJournal:
+        wire, journal = Making(), MemoryJournal()
+        client = client_of(wire, journal)
+        asking = asyncio.ensure_future(client.complete(questions(1)[0]))
+        while not wire.made:
+            await asyncio.sleep(0.01)
+        await client.close()
+        assert (await asyncio.gather(asking, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+        return journal
+
+    assert [one.batch for one in asyncio.run(ask()).open.values()] == ["0"]
 
 
 @pytest.mark.parametrize("failing", ["submitting", "answered"])
