@@ -6,7 +6,7 @@
 4. label    every latent through the graph: explain, score, record          (`graph`, `engine`)
             before it, where `label.random_control` asks for them, latents of a random-weight dictionary, as a run of their own
 5. floors   other explanations on the same windows, for a random subset     (`floors`)
-6. type     which latents are explained, which honestly are not             (`exegete.evaluators.typing`)
+6. type     which latents are explained, which honestly are not             (`typed`, `exegete.evaluators.typing`)
 7. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
 
 Each stage asks the store what is done already, so the same call after a crash goes on where the last one ended, and ends in
@@ -36,13 +36,12 @@ from exegete.agent.models import Models, budget_of
 from exegete.agent.pilot import described, pilot_latents, piloted, restored, run_pilot
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
+from exegete.agent.typed import control_scores, too_few, typed_latents
 from exegete.agent.workbench import check_workbench, control_latents, open_workbench
-from exegete.evaluators.typing import Scored, deciding_evaluators, least_controls, types
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord, Store, Writer
-from exegete.tools.store.results import RunResults
 
 if TYPE_CHECKING:
     from exegete.tools.llm import Budget
@@ -115,13 +114,15 @@ async def _label_dictionary(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Label one dictionary; return its summary, and dictionary → about how many latents calls are missing."""
     config, writer = here.config, here.writer
-    controls, missing = ({}, {}) if control is None else await _label_control(here, *control)
+    controls, missing = (None, {}) if control is None else await _label_control(here, *control)
     run_id = _begin(here, evidence, identity(config))
     latents = _chosen(config, evidence)
     bench = await _worked_through(here, here.inputs, evidence, latents, run_id)
     results = writer.results(run_id, evidence.dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
-    writer.set_types(run_id, evidence.dictionary, _types(results, headlines, controls) | _silent(evidence, latents))
+    statuses = evidence.statuses
+    typed = typed_latents(results, headlines, {latent: statuses[latent] for latent in latents}, controls)
+    writer.set_types(run_id, evidence.dictionary, typed)
     figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary), controls)
     writer.finish_run(run_id, "finished", figures)
     return figures, {**missing, evidence.dictionary: results.incomplete()}
@@ -137,16 +138,12 @@ async def _label_control(
     bench = await _worked_through(here, inputs, evidence, latents, run_id, floors=False)
     results = writer.results(run_id, dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
-    found: dict[str, list[float]] = {name: [] for name in headlines}
-    for row in results.headlines(headlines):
-        found[row.evaluator].append(row.value)
-    least = least_controls(len(deciding_evaluators(found)))
-    for name in deciding_evaluators(found):
-        if len(found[name]) < least:
-            here.progress.say(
-                f"{name} has scores of {len(found[name])} random-weight latents and its bar takes {least}: it decides no "
-                "type; set label.random_control higher"
-            )
+    found = control_scores(results, headlines)
+    for name in too_few(found):
+        here.progress.say(
+            f"{name} has scores of {len(found[name])} random-weight latents, too few for a bar: it decides no type; "
+            "set label.random_control higher"
+        )
     writer.finish_run(run_id, "finished", summarise(results, headlines, generator(config.seed, "summary", dictionary)))
     return found, {dictionary: results.incomplete()}
 
@@ -216,12 +213,6 @@ def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
     return sorted(latents[i] for i in drawn)
 
 
-def _silent(evidence: Evidence, latents: Sequence[int]) -> dict[int, str]:
-    """Return latent → status of those that are dead, rare or dense: that is their type, whatever a score says."""
-    statuses = evidence.statuses
-    return {latent: str(statuses[latent]) for latent in latents if statuses[latent] != "live"}
-
-
 async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
     writer, dictionary = here.writer, evidence.dictionary
     evaluators = piloted(bench)
@@ -270,22 +261,6 @@ async def _floors(here: _Run, evidence: Evidence, bench: Workbench, run_id: str)
         )
     if not complete:
         raise Interrupted
-
-
-def _types(
-    results: RunResults, headlines: Mapping[str, str], controls: Mapping[str, Sequence[float]]
-) -> dict[int, str]:
-    """Return latent → type, by the shuffled explanations and, where there are any, the random-weight `controls`."""
-    scores: dict[str, list[Scored]] = {}
-    floors: dict[str, list[float]] = {}
-    for latent, evaluator, baseline, value, low in results.headlines(headlines):
-        if baseline is None:
-            scores.setdefault(evaluator, []).append(Scored(latent, value, low))
-        elif baseline == "shuffled":
-            floors.setdefault(evaluator, []).append(value)
-    least = least_controls(len(deciding_evaluators(controls)))
-    enough = {name: values for name, values in controls.items() if len(values) >= least}
-    return types(scores, floors, controls=[enough] if controls else ())
 
 
 def _publishing(here: _Run, record: Write, advance: Callable[[int], None]) -> Write:

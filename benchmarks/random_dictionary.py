@@ -193,9 +193,11 @@ def shares(found: Mapping[str, Labelled], seed: int) -> list[dict[str, Any]]:
 def _redrawn(found: Mapping[str, Labelled], one: Labelled, seed: int, draw: int) -> dict[int, str]:
     """Return the types of `one` by a control of the same size, drawn with replacement from the latents of all controls."""
     pooled = {name: np.concatenate([each.control[name] for each in found.values()]) for name in one.control}
-    size, total = (len(next(iter(group.values()))) for group in (one.control, pooled))
+    size, total = len(one.control[INPUT_EVALUATORS[0]]), len(pooled[INPUT_EVALUATORS[0]])
     latents = generator(seed, "draws", draw).integers(total, size=size)
-    return types(one.scores, one.shuffled, controls=[{name: values[latents] for name, values in pooled.items()}])
+    return types(
+        one.scores, one.shuffled, controls=[{name: values[latents].tolist() for name, values in pooled.items()}]
+    )
 
 
 def _figures(typed: Mapping[int, str]) -> dict[str, Any]:
