@@ -110,6 +110,8 @@ def _separations(report: AuditReport) -> Table:
 def _checks(report: AuditReport) -> Table:
     rows = []
     for row, metric in _shown(report):
+        if not metric.sanity and not metric.coverage.n:
+            continue
         cells = [_sanity(metric.sanity[check]) if check in metric.sanity else "" for check in CHECKS]
         covers = interval(metric.coverage.share) + (f" n={metric.coverage.n}" if metric.coverage.n else "")
         mean = "" if metric.true_mean is None else f"{metric.true_mean:.3f}"

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from exegete.agent.audit_live import Bench, Kind
 
 LEAST: Mapping[str, int] = {"latents": 4, "items": 4, "live_latents": 2, "live_windows": 4}
-ITEMS_SIMULATED = 8
-"""Windows of either class that are simulated, at most: each is a call of its own."""
+MOST_LATENTS = 24
+"""For evaluators that ask or run a model about every single window."""
+ITEMS_SIMULATED, ITEMS_SURPRISING = 8, 15
+"""Windows of either class, at most, where each is a call or several forward passes of its own."""
 GENERATION: Mapping[str, Any] = {"requests": 2, "items_per_class": 10, "prompts": 8, "factors": (0.0, 1.0, 10.0)}
 
 
@@ -77,6 +79,8 @@ class Task:
     """Where expectations come from."""
     needs: str = ""
     """What is missing, empty where nothing is."""
+    most: int | None = None
+    """Latents, at most."""
 
 
 def tasks(wanted: Wanted, instruments: Instruments) -> list[Task]:
@@ -93,13 +97,21 @@ def _tasks(name: str, wanted: Wanted, given: Instruments) -> Iterator[Task]:
         for label, options in _VARIANTS[name].items():
             yield Task(label, _plain(name, {**items, **options}), expects="reference")
     elif name == "simulation":
-        yield Task(name, _asking(name, given, {"items_per_class": min(wanted.items, ITEMS_SIMULATED)}), needs=asks)
+        yield Task(
+            name,
+            _asking(name, given, {"items_per_class": min(wanted.items, ITEMS_SIMULATED)}),
+            needs=asks,
+            most=MOST_LATENTS,
+        )
     elif name == "embedding":
         missing = "" if given.embedder else "a sentence-transformers model: --embedder NAME or FOLDER"
-        yield Task(name, _plain(name, items | {"embedder": given.embedder}), expects="itself", needs=missing)
+        yield Task(
+            name, _plain(name, items | {"embedder": given.embedder}), expects="itself", needs=missing, most=MOST_LATENTS
+        )
     elif name == "surprisal":
         missing = "" if given.scorer else "a local language model: --scorer hf:PATH"
-        yield Task(name, _scoring(given, items), expects="itself", needs=missing)
+        few = {"items_per_class": min(wanted.items, ITEMS_SURPRISING)}
+        yield Task(name, _scoring(given, few), expects="itself", needs=missing, most=MOST_LATENTS)
     elif name == "generation":
         make = _live(name, given, GENERATION)
         yield Task(name, make, "both", lambda metric: metric in ("responsiveness", "purity"), needs=asks)

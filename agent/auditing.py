@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 POPULATION = 300
 """Windows of either class that expectations are taken on."""
-COVERED_LATENTS, RANKED_LATENTS = 16, 6
-"""Latents whose expectations are taken: by a judge, and by evaluators that run a model on every window."""
+COVERED_LATENTS = 16
+"""Latents whose expectations are taken."""
+RANKED_LATENTS, RANKED_POPULATION = 6, 100
+"""The same for evaluators that run a model on every window."""
 WINDOWS_OF_TEXT = 110
 """For one that a rare latent fires on."""
 EXPLAIN_TOKENS, POPULATION_TOKENS = 20_000, 200_000
@@ -73,9 +75,11 @@ class Planted:
     def of(self, task: Task) -> Sequence[Case]:
         """Return the latents that a task is run on."""
         if task.kind is None:
-            return self.text
+            return self.text[: task.most]
         assert self.bench is not None
-        return self.bench.cases[task.kind]
+        cases = self.bench.cases[task.kind]
+        # What these write has nothing to do with any explanation: there is nothing to tell apart.
+        return [replace(case, corrupted={}) for case in cases] if task.kind == "input" else cases
 
     @property
     def explanations(self) -> list[Explanation]:
@@ -180,20 +184,20 @@ async def _run(task: Task, planted: Planted, wanted: Wanted, instruments: Instru
 
 def _expected(task: Task, planted: Planted, wanted: Wanted, instruments: Instruments) -> Expected | str:
     if task.expects == "nothing":
-        return "what the language model would answer elsewhere is not known"
+        return "answers to other prompts are not known"
     cases = planted.of(task)
     if task.expects == "itself":
         some = [case if at < RANKED_LATENTS else replace(case, population=None) for at, case in enumerate(cases)]
-        made = _unlimited(task)
+        made = _with_items(task, RANKED_POPULATION)
         return Population(made, some, instruments.judge, wanted.seed, metrics=RANKINGS)
     if instruments.reference is None:
-        return "the error rate of this judge is not known"
-    made = _unlimited(task)
+        return "the judge's error rate is not known"
+    made = _with_items(task, None)
     return Population(made, cases, instruments.reference, wanted.seed, instruments.error_rate, RATES)
 
 
-def _unlimited(task: Task) -> Any:
-    """Return the evaluator without a limit to its windows; what it spends is not the audited one's."""
+def _with_items(task: Task, items: int | None) -> Any:
+    """Return the evaluator with another limit to its windows of either class; what it spends is not the audited one's."""
     made: Any = task.make(Meter(), None)
-    made.items_per_class = None
+    made.items_per_class = items
     return made

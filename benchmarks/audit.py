@@ -24,7 +24,7 @@ from language_model_server import Running, serving
 from exegete.agent.audit_shown import findings
 from exegete.agent.audit_tasks import Instruments, Wanted
 from exegete.agent.auditing import AuditReport, Planted, plant, run_audit
-from exegete.evaluators import make_judge
+from exegete.evaluators import evaluator_names, make_judge
 from exegete.evaluators.contract import Item, Task, Verdict
 from exegete.evaluators.predicate_judge import PredicateJudge
 from exegete.tools.bundled import subject_path
@@ -32,6 +32,8 @@ from exegete.tools.embedders import SentenceEmbedder
 from exegete.tools.explainers import Explanation
 from exegete.tools.llm import MemoryJournal, open_client, open_scorer
 from exegete.tools.predicates import parse
+
+JUDGELESS = ("embedding", "surprisal")
 
 
 class EveryMark(PredicateJudge):
@@ -48,9 +50,9 @@ class EveryMark(PredicateJudge):
 def main() -> None:
     """Print the tables of both judges, as text or Markdown; `--json FILE` keeps everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, default=48, help="planted in text")
-    parser.add_argument("--items", type=int, default=30, help="windows of either class")
-    parser.add_argument("--live-latents", type=int, default=16, help="of each kind, planted in the subject")
+    parser.add_argument("--latents", type=int, default=36, help="planted in text")
+    parser.add_argument("--items", type=int, default=20, help="windows of either class")
+    parser.add_argument("--live-latents", type=int, default=14, help="of each kind, planted in the subject")
     parser.add_argument("--rate", type=float, default=0.1, help="of the oracle's errors")
     parser.add_argument("--scorer", default=f"hf:{subject_path()}", help="for surprisal")
     parser.add_argument("--evaluators", nargs="*", default=[], help="all where left out")
@@ -86,7 +88,10 @@ async def measured(chosen: argparse.Namespace) -> list[AuditReport]:
             if "predicate" in chosen.judges:
                 reports.append(await run_audit(wanted, offline, say, planted))
             if "oracle" in chosen.judges:
-                reports.append(await run_audit(wanted, asking, say, planted))
+                # What asks no judge has been audited with the first one.
+                ask = tuple(name for name in wanted.evaluators or evaluator_names() if name not in JUDGELESS)
+                given = replace(wanted, evaluators=ask) if reports else wanted
+                reports.append(await run_audit(given, asking if reports else both, say, planted))
         finally:
             await client.close()
     return reports

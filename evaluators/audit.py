@@ -168,7 +168,7 @@ async def audit(
     if not isinstance(expected, str):
         keys = [(case.latent, which) for case in cases for which in case.explanations]
         expectations = dict(zip(keys, [await expected(*key) for key in keys], strict=True))
-    reason = expected if isinstance(expected, str) else "no expectation of this metric is known"
+    reason = expected if isinstance(expected, str) else "not taken of this metric"
     names = list(dict.fromkeys(metric for scores in scored.values() for metric in scores))
     audited = [
         _metric(metric, scored, expectations, reason, checks if relabeled_metrics(metric) else ()) for metric in names
