@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from language_model_server import serving
 from planted_store import tables
 
 import exegete
@@ -22,6 +23,7 @@ from exegete.agent.config import RunConfig, load_config
 from exegete.agent.engine import label_latents
 from exegete.agent.inspection import status_lines
 from exegete.agent.latent_cards import choose_dictionary
+from exegete.agent.models import Halted
 from exegete.agent.planning import plan
 from exegete.agent.progress import Lines
 from exegete.agent.report import write_report
@@ -170,16 +172,19 @@ def test_a_run_that_is_stopped_among_the_control_goes_on(store: Path, tmp_path: 
 
         return await real(source, graph, bench, 2, batch, counted)
 
+    undisturbed, stopped = (shutil.copytree(store, tmp_path / name) for name in ("undisturbed", "stopped"))
+    others = "SELECT DISTINCT latent FROM random_controls JOIN runs USING (run) WHERE config->>'$.label.explainer' = 'token_list'"
     with monkeypatch.context() as patch:
         patch.setattr(running, "_stop_on_interrupt", stopping)
         patch.setattr(running, "label_latents", counting)
-        assert not label(tmp_path / "stopped").finished
-    assert rows(tmp_path / "stopped", "SELECT count(DISTINCT latent) FROM random_controls") == [(7,)]
-    assert rows(tmp_path / "stopped", "SELECT status FROM runs") == [("interrupted",)]
-    assert label(tmp_path / "stopped").finished
-    assert tables(tmp_path / "stopped") == tables(store)
+        assert not label(stopped, "label.explainer=token_list").finished
+    assert len(rows(stopped, others)) == 7
+    assert rows(stopped, "SELECT control_of IS NOT NULL FROM runs WHERE status = 'interrupted'") == [(True,)]
+    for folder in (stopped, undisturbed):
+        assert label(folder, "label.explainer=token_list").finished
+    assert len(rows(stopped, others)) == CONTROL and tables(stopped) == tables(undisturbed)
     query = "SELECT * FROM random_controls ORDER BY ALL"
-    assert rows(tmp_path / "stopped", query) == rows(store, query)
+    assert rows(stopped, query) == rows(undisturbed, query)
 
 
 def test_evidence_of_a_control_is_never_labeled_for_its_own_sake(store: Path, tmp_path: Path) -> None:
@@ -275,3 +280,30 @@ def test_figures_of_a_control_are_stored_with_its_run(store: Path) -> None:
     [(text,)] = rows(store, "SELECT figures FROM runs WHERE control_of IS NOT NULL")
     figures = json.loads(text)
     assert figures["outcomes"] == {"labeled": CONTROL} and figures["evaluators"]["detection"]["floors"] == {}
+
+
+def test_one_budget_pays_for_both(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what the control costs ends the run there; what the whole costs, and nothing more, is enough to finish it."""
+    monkeypatch.setenv("EXEGETE_API_KEY", "test-key")
+    folder = shutil.copytree(store, tmp_path / "copy")
+    with serving(answer="oracle", otherwise="never") as server:
+        judge = f"openai:judge@{server.openai_url}"
+        prices = tmp_path / "prices.toml"
+        prices.write_text(f'["{judge}"]\ninput = 10.0\noutput = 10.0\n')
+        settings = [f"models.judge={judge}", f"models.prices={prices}", "label.judge_options.max_tokens=100"]
+        settings += ["label.limit=3", "label.floors=0", "label.random_control=19"]
+        undisturbed = shutil.copytree(store, tmp_path / "undisturbed")
+        label(undisturbed, *settings, "models.no_budget=true")
+        query = "SELECT control_of IS NULL, usd FROM costs JOIN runs USING (run) WHERE calls > 0 ORDER BY 1"
+        [(_, control), (_, own)] = rows(undisturbed, query)
+        assert control > own > 0
+        server.reset_log()
+        with pytest.raises(Halted, match="resume with a larger --budget"):
+            label(folder, *settings, f"models.budget_usd={control / 2}")
+        [(_, spent)] = rows(folder, query)
+        assert 0 < spent <= control / 2
+        with pytest.raises(Halted, match="resume with a larger --budget"):
+            label(folder, *settings, f"models.budget_usd={control + own / 2}")
+        assert label(folder, *settings, f"models.budget_usd={(control + own) * 1.5}").finished
+        assert server.counts()["asked_again"] == 0
+    assert rows(folder, query) == [(False, pytest.approx(control)), (True, pytest.approx(own))]
