@@ -90,6 +90,7 @@ def test_the_control_is_in_no_view_that_users_ask_for_labels(store: Path) -> Non
         assert choose_dictionary(connection, None) == own
     page = write_report(store, store / "report.html").read_text()
     assert "random control of" not in page
+    assert "random control</td>" in page  # Its figures stand beside the floors.
 
 
 def test_runs_and_status_name_it(store: Path) -> None:
