@@ -29,13 +29,13 @@ def audit(
     evaluators: Annotated[
         str | None, typer.Option("--evaluators", help="Separated by commas; all that can be run.")
     ] = None,
-    latents: Annotated[int, typer.Option("--latents", help="Planted latents in text.")] = 48,
+    latents: Annotated[int, typer.Option("--latents", help="Planted latents in text.")] = 36,
     items: Annotated[
         int, typer.Option("--items", help="Firing windows that are judged for each, and as many others.")
-    ] = 30,
+    ] = 20,
     live_latents: Annotated[
         int, typer.Option("--live-latents", help="Of each kind that is planted in the subject, at most.")
-    ] = 16,
+    ] = 14,
     embedder: Annotated[
         str | None, typer.Option("--embedder", help="sentence-transformers model: name or folder.")
     ] = None,

@@ -29,10 +29,10 @@ class Wanted:
 
     evaluators: tuple[str, ...] = ()
     """All that there are where left empty."""
-    latents: int = 48
-    items: int = 30
+    latents: int = 36
+    items: int = 20
     """Windows of either class that are judged for each latent."""
-    live_latents: int = 16
+    live_latents: int = 14
     """Of each kind that is planted in the subject, at most."""
     live_windows: int = 40
     seed: int = 0
@@ -76,7 +76,7 @@ class Task:
     relabeled: Callable[[str], bool] = lambda metric: True
     """Metrics for which exchanging the text of windows means anything."""
     expects: Literal["reference", "itself", "nothing"] = "nothing"
-    """Where expectations come from."""
+    """Where expectations come from. Hard negatives have none: in more text, others would be the hardest."""
     needs: str = ""
     """What is missing, empty where nothing is."""
     most: int | None = None
@@ -95,7 +95,8 @@ def _tasks(name: str, wanted: Wanted, given: Instruments) -> Iterator[Task]:
     items: dict[str, Any] = {"items_per_class": wanted.items}
     if name in ("detection", "fuzzing"):
         for label, options in _VARIANTS[name].items():
-            yield Task(label, _plain(name, {**items, **options}), expects="reference")
+            hard = "hard" in options.get("negatives", ())
+            yield Task(label, _plain(name, {**items, **options}), expects="nothing" if hard else "reference")
     elif name == "simulation":
         yield Task(
             name,

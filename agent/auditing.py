@@ -184,7 +184,7 @@ async def _run(task: Task, planted: Planted, wanted: Wanted, instruments: Instru
 
 def _expected(task: Task, planted: Planted, wanted: Wanted, instruments: Instruments) -> Expected | str:
     if task.expects == "nothing":
-        return "answers to other prompts are not known"
+        return "what is expected is not known"
     cases = planted.of(task)
     if task.expects == "itself":
         some = [case if at < RANKED_LATENTS else replace(case, population=None) for at, case in enumerate(cases)]

@@ -50,9 +50,11 @@ class EveryMark(PredicateJudge):
 def main() -> None:
     """Print the tables of both judges, as text or Markdown; `--json FILE` keeps everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, default=36, help="planted in text")
-    parser.add_argument("--items", type=int, default=20, help="windows of either class")
-    parser.add_argument("--live-latents", type=int, default=14, help="of each kind, planted in the subject")
+    parser.add_argument("--latents", type=int, default=Wanted.latents, help="planted in text")
+    parser.add_argument("--items", type=int, default=Wanted.items, help="windows of either class")
+    parser.add_argument(
+        "--live-latents", type=int, default=Wanted.live_latents, help="of each kind, planted in the subject"
+    )
     parser.add_argument("--rate", type=float, default=0.1, help="of the oracle's errors")
     parser.add_argument("--scorer", default=f"hf:{subject_path()}", help="for surprisal")
     parser.add_argument("--evaluators", nargs="*", default=[], help="all where left out")

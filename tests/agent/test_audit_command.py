@@ -51,7 +51,7 @@ def test_the_bank_has_many_truths_of_three_kinds() -> None:
 
 
 def test_no_corruption_is_the_truth_and_each_latent_fires_as_it_says() -> None:
-    cases, kinds = text_cases(Wanted(items=8))
+    cases, kinds = text_cases(Wanted(latents=48, items=8))
     assert len(cases) == 48 and sum(kinds.values()) == 48
     counts: Counter[str] = Counter()
     for case in cases:
