@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CONTEXTS = 128
 """Of the corpus, drawn by the seed, that `calibrate` reads."""
 _CONTEXTS_AT_ONCE = 4
+_ROWS_AT_ONCE = 1_024
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,11 @@ def random_control(
 
 def unit_rows(rows: int, width: int, seed: int, *names: str | int) -> Tensor:
     """Return Gaussian rows of unit length, shape (rows, width), in float32 on the CPU; `names` tell one draw from another."""
-    drawn = torch.from_numpy(generator(seed, "random dictionary", *names).standard_normal((rows, width)))
-    return torch.nn.functional.normalize(drawn).float()
+    rng, drawn = generator(seed, "random dictionary", *names), torch.empty(rows, width)
+    for at in range(0, rows, _ROWS_AT_ONCE):  # The whole in float64 would take as much memory again, twice.
+        part = torch.from_numpy(rng.standard_normal((min(_ROWS_AT_ONCE, rows - at), width)))
+        drawn[at : at + len(part)] = torch.nn.functional.normalize(part).float()
+    return drawn
 
 
 def write_plain(folder: Path, dictionary: PlainDictionary) -> Path:
