@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from exegete.agent.auditing import AuditReport, Row
 from exegete.agent.findings import Findings, Table, plain
-from exegete.evaluators.audit import CHECKS, TRUE, MetricAudit, Sanity
+from exegete.evaluators.audit import CHECKS, TRUE, MetricAudit, Sanity, Separation
 from exegete.evaluators.audit_truths import CORRUPTIONS
 from exegete.evaluators.statistics import Interval, mean_interval
 from exegete.tools.errors import UserError
@@ -22,7 +22,7 @@ HIDDEN = ("tpr", "tnr", "auprc")
 CONTROL = "_random_"
 """Stands in the name of a metric that is a control of another."""
 SUFFIXES = (".svg", ".html")
-ROW, CELL, NAME, HEAD = 26, 92, 300, 46
+ROW, CELL, NAME, HEAD = 38, 110, 340, 46
 
 
 def findings(report: AuditReport) -> Findings:
@@ -181,11 +181,12 @@ def _sanity(found: Sanity) -> str:
 
 _STYLE = Markup(
     "<style>svg.audit{font:13px system-ui,sans-serif;background:#fff}.audit text{fill:#1c2024}"
-    ".audit .soft{fill:#5f6872;font-size:11px}</style>"
+    ".audit .soft{fill:#5f6872;font-size:11px}.audit .ends{font-size:11px}</style>"
 )
 _CELL = Markup(
-    '<rect x="{}" y="{}" width="{}" height="{}" fill="{}"><title>{}</title></rect>'
-    '<text x="{}" y="{}" text-anchor="middle">{}</text>'
+    '<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}"><title>{hover}</title></rect>'
+    '<text x="{middle}" y="{first}" text-anchor="middle">{value}</text>'
+    '<text class="ends" x="{middle}" y="{second}" text-anchor="middle">{ends}</text>'
 )
 _TEXT = Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>')
 
@@ -202,31 +203,39 @@ def _plot(report: AuditReport) -> Markup:
     ]
     for line, (row, metric) in enumerate(rows):
         y = HEAD + ROW * line
-        parts.append(_TEXT.format("", NAME - 8, y + 17, "end", f"{_name(row)}: {metric.metric.replace('_', ' ')}"))
-        for at, (name, _) in enumerate(columns):
-            one = metric.separations.get(name)
-            if one is not None and one.auroc.value is not None:
-                x = NAME + CELL * at
-                hover = f"{_name(row)}, {metric.metric}, {name}: {interval(one.auroc)}, n = {one.n}"
-                parts.append(
-                    _CELL.format(
-                        x + 1,
-                        y + 1,
-                        CELL - 2,
-                        ROW - 2,
-                        _colour(one.auroc.value),
-                        hover,
-                        x + CELL / 2,
-                        y + 17,
-                        f"{one.auroc.value:.2f}",
-                    )
-                )
-    note = f"AUROC of telling true from corrupted explanations; judge {report.judge}"
+        parts.append(
+            _TEXT.format("", NAME - 8, y + ROW / 2 + 4, "end", f"{_name(row)}: {metric.metric.replace('_', ' ')}")
+        )
+        parts += [
+            _cell(NAME + CELL * at, y, f"{_name(row)}, {metric.metric}, {name}", metric.separations[name])
+            for at, (name, _) in enumerate(columns)
+            if name in metric.separations and metric.separations[name].auroc.value is not None
+        ]
+    note = f"AUROC of telling true from corrupted explanations, with 95 % intervals; judge {report.judge}"
     parts.append(_TEXT.format("soft", NAME, height - 8, "start", note))
     head = Markup(
         '<svg class="audit" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" role="img" aria-label="{}">'
     )
     return head.format(width, height, width, note) + _STYLE + Markup("").join(parts) + Markup("</svg>")
+
+
+def _cell(x: int, y: int, called: str, one: Separation) -> Markup:
+    auroc = one.auroc
+    assert auroc.value is not None
+    ends = "" if auroc.low is None or auroc.high is None else f"{auroc.low:.2f}–{auroc.high:.2f}"
+    return _CELL.format(
+        x=x + 1,
+        y=y + 1,
+        width=CELL - 2,
+        height=ROW - 2,
+        fill=_colour(auroc.value),
+        hover=f"{called}: {interval(auroc)}, n = {one.n}",
+        middle=x + CELL / 2,
+        first=y + 17,
+        second=y + 31,
+        value=f"{auroc.value:.2f}",
+        ends=ends,
+    )
 
 
 def _colour(auroc: float) -> str:

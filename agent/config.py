@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from exegete.tools.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from exegete.tools.llm import Limits
+    from exegete.tools.llm import BatchLimits, Limits
     from exegete.tools.pass_settings import PassSettings
 
 
@@ -104,7 +104,7 @@ class LabelConfig(Section):
     limit: int | None = Field(default=None, gt=0)
     """Label only this many latents, drawn by the seed; all where it is left out."""
     concurrency: int = Field(default=64, ge=1)
-    """Latents in flight at once. Does not change the result."""
+    """Latents in flight at once; 2,000 where a `-batch` model is asked. Does not change the result."""
     batch: int = Field(default=250, ge=1)
     """Latents written in one transaction; a crash costs at most these, or five seconds of them. Does not change the result."""
     publish_seconds: float = Field(default=120.0, gt=0)
@@ -150,6 +150,23 @@ class ModelsConfig(Section):
     """Seconds for a call with all its attempts; after that it counts as missing, and `exegete resume` asks again."""
     attempts: int = Field(default=6, ge=1)
     """How often a call is sent while the server fails."""
+    batch_linger_s: float = Field(default=5.0, gt=0)
+    """For `-batch` models: a batch is sent when so many seconds brought no new question. Does not change the result."""
+    batch_poll_s: float = Field(default=60.0, gt=0)
+    """Seconds between two looks at a batch, at most. Does not change the result."""
+    forsake_batches: bool = False
+    """Ask anew what was in a batch that the provider no longer knows, although it may have been billed. Does not change the result."""
+
+    def batch_limits(self) -> BatchLimits:
+        """Return how a client of batches works."""
+        from exegete.tools.llm import BatchLimits
+
+        return BatchLimits(
+            linger_s=self.batch_linger_s,
+            poll_s=min(5.0, self.batch_poll_s),
+            poll_max_s=self.batch_poll_s,
+            forsake=self.forsake_batches,
+        )
 
     def limits(self) -> Limits:
         """Return how a client may call."""
@@ -164,6 +181,10 @@ class ModelsConfig(Section):
             patience_s=self.patience_s,
             attempts=self.attempts,
         )
+
+
+BATCHED_LATENTS = 2_000
+"""Latents in flight where questions wait for a batch to fill: enough for some 80,000 questions."""
 
 
 class RunConfig(Section):
@@ -193,6 +214,8 @@ class RunConfig(Section):
             defaults["explainer"] = "combined" if tree.get("subject") else "one-shot"
         if models.get("judge"):
             defaults["judge"] = "model"
+        if any("-batch:" in str(models.get(role)) for role in ("explainer", "judge")):
+            defaults["concurrency"] = BATCHED_LATENTS
         return {**tree, "label": {**defaults, **label}}
 
 

@@ -106,6 +106,7 @@ class Models:
                     budget=self._budget,
                     prices=_prices(self._config),
                     limits=self._config.limits(),
+                    batches=self._config.batch_limits(),
                     device=self._config.device,
                 )
             )

@@ -171,8 +171,12 @@ async def _worked_through(
     try:
         async with models:
             bench = open_workbench(here.config, inputs, evidence, latents, models)
-            await _pilot(here, evidence, latents, bench, run_id)
+            whole = await _pilot(here, evidence, latents, bench, run_id)
             await _label(here, evidence, latents, bench, run_id)
+            if not whole and not here.writer.results(run_id, evidence.dictionary).incomplete():
+                # What the pilot lacked has been answered since, so it is made anew, and what rests on it: without a call.
+                await _pilot(here, evidence, latents, bench, run_id)
+                await _label(here, evidence, latents, bench, run_id)
             if floors:
                 await _floors(here, evidence, bench, run_id)
     except BaseException:
@@ -199,7 +203,7 @@ _NOT_IDENTITY: Any = {
     "evidence": {"slices", "batch"},
     "models": {
         *("budget_usd", "no_budget", "prices", "concurrency", "requests_per_minute", "tokens_per_minute"),
-        *("timeout_s", "patience_s", "attempts"),
+        *("timeout_s", "patience_s", "attempts", "batch_linger_s", "batch_poll_s", "forsake_batches"),
     },
 }
 
@@ -213,22 +217,26 @@ def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
     return sorted(latents[i] for i in drawn)
 
 
-async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
+async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> bool:
+    """Give evaluators what the run's pilot has shown; return whether it is stored, since no call was missing."""
     writer, dictionary = here.writer, evidence.dictionary
     evaluators = piloted(bench)
     found = restored(writer.pilot(run_id, dictionary))
-    writer.forget_incomplete(run_id, dictionary, all_of_it=bool(evaluators) and not found)
-    if evaluators and not found:
+    complete = bool(found) or not evaluators
+    if not complete:
         chosen = pilot_latents(evidence, latents, here.config.seed)
         here.progress.say(f"pilot: {len(chosen)} latents show how the judge's errors cluster")
         shown = await run_pilot(evidence, chosen, bench, here.config.label.concurrency, here.stop)
         if shown is None:
             raise Interrupted
         found, complete = shown
-        if complete:
+        if complete:  # What is recorded rests on an earlier one about which calls were missing.
+            writer.forget_incomplete(run_id, dictionary, all_of_it=True)
             writer.set_pilot(run_id, dictionary, described(found))
+    writer.forget_incomplete(run_id, dictionary)
     for evaluator in evaluators:
         evaluator.clustering = found[evaluator.name]
+    return complete
 
 
 async def _label(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:

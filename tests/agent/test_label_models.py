@@ -72,6 +72,21 @@ def test_latents_are_labeled_and_scored_through_the_sdk(
     assert rows(store, "SELECT DISTINCT status FROM calls") == [("ok",)]
 
 
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_batches_give_the_tables_that_live_calls_give(
+    provider: str, server: Running, evidence: Path, tmp_path: Path
+) -> None:
+    quick = ["models.batch_linger_s=0.3", "models.batch_poll_s=0.2"]
+    batched, live = (planted_store(evidence, tmp_path / name) for name in ("batched", "live"))
+    label(batched, *quick, model=spec(server, f"{provider}-batch"))
+    # Explaining, the pilot's judging, the floors; all else is known by then.
+    assert server.counts()["by_route"]["batch_lines"] == rows(batched, "SELECT sum(calls)::INT FROM costs")[0][0]
+    assert sum(entry["path"].endswith("batches") for entry in server.log() if entry["route"] == "batches") <= 6
+    label(live, model=spec(server, provider))
+    query = "SELECT latent, evaluator, metric, baseline, value, low, high FROM scores ORDER BY ALL"
+    assert rows(batched, query) == rows(live, query)
+
+
 def test_the_same_run_asks_nothing_again_and_another_one_only_what_is_new(
     server: Running, evidence: Path, tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ class Carrier:
             return
         error = UserError(
             f"{self._parts.wire.name}: the provider does not have batch {batch.batch} or its results any more; use the key of "
-            "the account that submitted it, or, if it was deleted there, let it be asked again (BatchLimits.forsake)"
+            "the account that submitted it, or, if it was deleted there, let it be asked again (models.forsake_batches=true)"
         )
         await self._stop(batch, error)
 
