@@ -4,8 +4,8 @@
 2. Over their verdicts each evaluator's clustering is pooled (`exegete.evaluators.clustering`), and stored with the run: from
    then on it is fixed, and every interval of the run rests on it.
 3. All latents, these too, are labeled with it. What the pilot asked is in the journal and not paid for again.
-4. A pilot about which calls failed for good is used and not stored: the next call of the run makes it anew, and forgets what
-   rested on it.
+4. A pilot about which calls failed for good is used and not stored: it is made anew once they may be answered, by this call
+   of the run or the next, and what rested on it is forgotten then.
 
 A judge that reads each item alone needs no pilot, and where asking stops early the sequences need none.
 """

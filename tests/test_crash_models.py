@@ -18,6 +18,8 @@ from planted_store import planted_file, planted_store, tables
 import exegete as package
 
 KILLS, IN_FLIGHT = 5, 16
+PRICE_USD = 10.0
+"""Of a million tokens."""
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def server() -> Iterator[Running]:
 def arguments(server: Running, store: Path) -> list[str]:
     model = f"openai:judge@{server.openai_url}"
     prices = store.parent / "prices.toml"
-    prices.write_text(f'["{model}"]\ninput = 10.0\noutput = 10.0\n')
+    prices.write_text(f'["{model}"]\ninput = {PRICE_USD}\noutput = {PRICE_USD}\n')
     steps = {
         "label.batch": 4, "label.concurrency": 6, "label.publish_seconds": 0.2, "label.floors": 8,
         "label.explainer_options.max_tokens": 100, "label.judge_options.max_tokens": 100,
@@ -75,3 +77,5 @@ def test_kills_throughout_a_run_pay_for_nothing_twice(server: Running, tmp_path:
     assert paid["unknown"] > 0 and counts["asked_again"] <= paid["unknown"]
     # The provider's account: each question once, and what was sent when a kill hit, at no more than its worst case.
     assert paid["usd"] == pytest.approx(should["usd"]) and paid["unknown_worst_usd"] > 0
+    billed = counts["tokens"] * PRICE_USD * 1e-6
+    assert paid["usd"] <= billed + 1e-9 and billed <= paid["usd"] + paid["unknown_worst_usd"] + 1e-9

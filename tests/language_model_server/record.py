@@ -24,6 +24,8 @@ class Entry:
     custom_id: str = ""
     status: int = 0
     fault: str = ""
+    tokens: int = 0
+    """Tokens that it is billed with, input and output, whether or not the answer arrived."""
     answered: bool = False
     """Whether a sound answer went out whole."""
     again: bool = False
@@ -81,6 +83,7 @@ class Log:
             "by_fault": dict(Counter(e.fault for e in self.entries if e.fault)),
             "questions": len(asked),
             "answered": len(self.answered),
+            "tokens": sum(e.tokens for e in questions),
             "asked_again": sum(e.again for e in questions),
             "most_asked": max(asked.values(), default=0),
             "most_in_flight": self.most_in_flight,

@@ -31,6 +31,11 @@ _MESSAGES = {
     "529": "Overloaded",
 }
 
+_BILLED = (
+    *("prompt_tokens", "completion_tokens"),
+    *("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Wire:
@@ -92,7 +97,9 @@ class Service:
         if fault and fault.kind == "cut":
             return Outgoing(cut_at=-1)
         await asyncio.sleep(model.behaviour.seconds)
-        outgoing = as_json(self._answer(wire, model, asked, fault))
+        answer = self._answer(wire, model, asked, fault)
+        entry.tokens = _billed(answer["usage"])
+        outgoing = as_json(answer)
         outgoing.headers = {"x-request-id": f"req_{entry.number}", "request-id": f"req_{entry.number}"}
         if fault and fault.kind == "drip":
             outgoing.drip_s = fault.seconds
@@ -112,6 +119,7 @@ class Service:
                 raise error_of(fault)
             entry.status = 200
             answered = self._answer(wire, model, asked, fault)
+            entry.tokens = _billed(answered["usage"])
             self.log.given(entry, whole=True)
             return 200, answered
         except RequestError as error:
@@ -148,6 +156,11 @@ class Service:
         if asked.max_tokens is not None:
             answer = cut_to(answer, asked.max_tokens)
         return wire.completion(model, asked, answer)
+
+
+def _billed(usage: Mapping[str, Any]) -> int:
+    """Return the tokens of a usage in either format: OpenAI's input has the cached ones in it, Anthropic's has not."""
+    return sum(usage.get(kind, 0) for kind in _BILLED)
 
 
 class RateLimited(RequestError):

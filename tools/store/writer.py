@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from exegete.tools.store.journal import StoreJournal
 
 _CALLS_IN_A_PART = 25_000
+_DELETE_UNUSED = """
+DELETE FROM data.explanations e WHERE dictionary = $dictionary AND latent IN (SELECT unnest($latents::INTEGER[]))
+AND explanation_id NOT IN (SELECT explanation_id FROM data.scores WHERE dictionary = $dictionary)
+AND NOT EXISTS (
+    FROM data.results r WHERE r.dictionary = e.dictionary AND r.latent = e.latent AND r.status = 'labeled'
+    AND NOT EXISTS (FROM data.scores s WHERE s.run = r.run AND s.dictionary = r.dictionary AND s.latent = r.latent)
+)
+"""
+"""Explanations that no run has scored, of latents of which no run has explanations that it has not scored."""
 
 
 class Writer:
@@ -162,7 +171,8 @@ class Writer:
     def forget_incomplete(self, run: str, dictionary: str, all_of_it: bool = False) -> int:
         """Remove what was recorded of latents about which calls are missing (or `all_of_it`); return how many there were.
 
-        They count as not recorded then. Where there are any, all floors go as well: a latent that gets its explanation later
+        They count as not recorded then, and explanations that only this run had of them go with them: fewer answers may
+        have led to another text. Where there are any, all floors go as well: a latent that gets its explanation later
         changes whose explanations are borrowed. What was answered is in the journal and not paid for again.
 
         Raises:
@@ -181,6 +191,7 @@ class Writer:
                     query = f"DELETE FROM data.{table} WHERE run = ? AND dictionary = ? AND latent IN (SELECT unnest(?::INTEGER[]))"
                     connection.execute(query, [run, dictionary, latents])
                 connection.execute(f"DELETE FROM data.scores WHERE {SUPERSEDED}", chosen)
+                connection.execute(_DELETE_UNUSED, {"dictionary": dictionary, "latents": labeled})
                 for part, remaining in replaced.items():
                     connection.execute("DELETE FROM data.verdict_parts WHERE part = ?", [part])
                     if remaining is not None:
