@@ -127,6 +127,7 @@ def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid:
         _progress_line(connection, run, min(latents or 0, label.get(asked) or latents or 0)),
         *([] if control else [_floors_line(connection, run, label.get("floors"))]),
         *_calls_lines(connection, run),
+        *_missing_lines(connection, run),
     ]
     if figures is not None:
         lines += [f"  {line}" for line in headline(json.loads(figures))]
@@ -169,6 +170,20 @@ def _calls_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
     counts += f", {in_flight:,} in flight" if in_flight else ""
     spent = f"{usd:,.2f} USD" + (f", and at most {unknown_worst_usd:,.2f} USD for the unknown" if unknown else "")
     return [f"  calls: {counts}; {spent}"]
+
+
+def _missing_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
+    """Return one line where calls about latents failed for good and have not been asked again since."""
+    import duckdb
+
+    query = """SELECT count(DISTINCT latent) FROM (
+        SELECT run, latent, missing_calls FROM data.results UNION ALL SELECT run, latent, missing_calls FROM data.floors
+    ) WHERE run = ? AND missing_calls > 0"""
+    try:
+        [(latents,)] = connection.execute(query, [run]).fetchall()
+    except (duckdb.BinderException, duckdb.CatalogException):  # Published by a version that did not count them.
+        return []
+    return [f"  {latents:,} latents miss calls that failed; `exegete resume` asks them again"] if latents else []
 
 
 def _means(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:

@@ -13,6 +13,7 @@ from language_model_server import Running, serving
 from planted_store import tables
 
 from exegete.agent.cli import main
+from exegete.agent.inspection import status_lines
 from exegete.agent.models import Halted
 
 LATENTS, FEW = 200, 16
@@ -149,9 +150,13 @@ def test_a_run_that_is_resumed_in_vain_keeps_what_it_has(server: Running, tmp_pa
     bench = bench_of(server, tmp_path, FEW)
     store = bench.store("store")
     bench.behave({"kind": "500", "share": 0.1})
-    bench.label(store)
-    before = tables(store)
+    missing = sum(bench.label(store).missing.values())
+    before, line = tables(store), f"  {missing} latents miss calls that failed; `exegete resume` asks them again"
+    assert missing and line in status_lines(store)
     bench.behave({"kind": "401"})
     with pytest.raises(Halted):
         bench.label(store)
-    assert tables(store) == before
+    assert tables(store) == before and line in status_lines(store)
+    bench.behave()
+    bench.label(store)
+    assert not any("miss calls" in line for line in status_lines(store))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,23 @@ def test_a_run_is_found_again_and_knows_what_it_has(tmp_path: Path) -> None:
     with exegete.connect(store.folder) as connection:
         found = connection.execute("SELECT status, figures->>'mean' FROM runs WHERE run = ?", [run]).fetchall()
     assert found == [("finished", "0.5")]
+
+
+def test_forgetting_leaves_explanations_that_another_run_has(tmp_path: Path) -> None:
+    with Store.create_or_open(tmp_path / "store").writer() as writer:
+        run = begin(writer)
+        other = writer.begin_run(config={"a": 2}, seed=0, code_version="0", dictionary=DICTIONARY)
+        writer.record(run, [replace(record(latent), missing_calls=int(latent < 4)) for latent in (1, 2, 3, 4)])
+        # The other run has scored the explanation of 2, and has one of 3 that it has not scored.
+        writer.record(other, [record(2), replace(record(3), scores=(), verdicts=())])
+        assert writer.forget_incomplete(run, DICTIONARY) == 3
+        assert writer.labeled(run, DICTIONARY).tolist() == [4] and writer.labeled(other, DICTIONARY).tolist() == [2, 3]
+        writer.publish()
+    with exegete.connect(tmp_path / "store") as connection:
+        assert connection.execute("SELECT latent FROM explanations ORDER BY ALL").fetchall() == [(2,), (3,), (4,)]
+        found = connection.execute("SELECT DISTINCT run, latent FROM scores ORDER BY latent").fetchall()
+        assert found == [(other, 2), (run, 4)]
+        assert connection.execute("SELECT DISTINCT run, latent FROM verdicts ORDER BY latent").fetchall() == found
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
