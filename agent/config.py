@@ -112,10 +112,11 @@ class LabelConfig(Section):
     floors: int = Field(default=100, ge=0)
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
     random_control: int = Field(default=0, ge=0)
-    """So many latents of a random-weight dictionary, at the same hook point and with as many latents active on a token, are
-    explained and scored as well, by the same explainer, judge and evaluators: a latent is typed as explained only where its
-    lower bound exceeds the 95th percentile of their scores too (over all evaluators that decide; PROTOCOLS §12). Costs a second
-    pass over the corpus and as much as so many more latents. 100 or more; 0: without."""
+    """So many latents of a random-weight dictionary, at the same hook point, with as many latents active on a token, and chosen
+    to fire as often as the dictionary's, are explained and scored as well, by the same explainer, judge and evaluators: a
+    latent is typed as explained only where its lower bound exceeds the 95th percentile of their scores too (over all evaluators
+    that decide; PROTOCOLS §12). Costs a second pass over the corpus and as much as so many more latents. 100 or more; 0:
+    without."""
 
 
 class ModelsConfig(Section):

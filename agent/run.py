@@ -114,7 +114,7 @@ async def _label_dictionary(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Label one dictionary; return its summary, and dictionary → about how many latents calls are missing."""
     config, writer = here.config, here.writer
-    controls, missing = (None, {}) if control is None else await _label_control(here, *control)
+    controls, missing = (None, {}) if control is None else await _label_control(here, *control, evidence)
     run_id = _begin(here, evidence, identity(config))
     latents = _chosen(config, evidence)
     bench = await _worked_through(here, here.inputs, evidence, latents, run_id)
@@ -129,11 +129,11 @@ async def _label_dictionary(
 
 
 async def _label_control(
-    here: _Run, inputs: Inputs, evidence: Evidence
+    here: _Run, inputs: Inputs, evidence: Evidence, like: Evidence
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Label latents of a random-weight dictionary; return evaluator → their scores, and what calls are missing."""
     config, writer, dictionary = here.config, here.writer, evidence.dictionary
-    latents = control_latents(config, evidence)
+    latents = control_latents(config, evidence, like)
     run_id = _begin(here, evidence, identity(config, control=True))
     bench = await _worked_through(here, inputs, evidence, latents, run_id, floors=False)
     results = writer.results(run_id, dictionary)

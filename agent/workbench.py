@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from exegete.agent.config import RunConfig
@@ -177,8 +178,11 @@ class _Supplies:
         return LiveModel(self.inputs.subject, [self.inputs.dictionary])
 
 
-def control_latents(config: RunConfig, evidence: Evidence) -> list[int]:
-    """Return the latents of a random-weight control that are labeled, ascending: drawn by the seed from the live ones.
+def control_latents(config: RunConfig, evidence: Evidence, like: Evidence) -> list[int]:
+    """Return the latents of a random-weight control that are labeled, ascending: live ones that fire as often as those of `like`.
+
+    Latents of the dictionary itself are drawn by the seed, and each takes the control's latent of the nearest firing rate (in
+    its logarithm) that is left. Rare latents of either kind score higher, so a control with other rates would be no measure.
 
     Raises:
         UserError: too few of them are live for a bar.
@@ -190,8 +194,16 @@ def control_latents(config: RunConfig, evidence: Evidence) -> list[int]:
             f"only {len(live)} of {len(evidence.statuses):,} latents of the random-weight control are neither dead, rare nor "
             f"dense, and typing by it takes {least}: read more text, or set label.random_control = 0"
         )
-    drawn = generator(config.seed, "random control", evidence.dictionary).permutation(len(live))
-    return sorted(live[i] for i in drawn[: config.label.random_control])
+    rng = generator(config.seed, "random control", evidence.dictionary)
+    rates, left = np.log(evidence.densities()[live]), np.ones(len(live), dtype=np.bool_)
+    own = like.densities()[[latent for latent, status in like.statuses.items() if status == "live"]]
+    wanted = np.resize(rng.permutation(np.log(own) if len(own) else rates), min(config.label.random_control, len(live)))
+    chosen = []
+    for rate in wanted:
+        nearest_rate = int(np.where(left, np.abs(rates - rate), np.inf).argmin())
+        left[nearest_rate] = False
+        chosen.append(live[nearest_rate])
+    return sorted(chosen)
 
 
 def _check_control(config: RunConfig) -> None:

@@ -9,6 +9,9 @@
 3. A ReLU or JumpReLU dictionary gets a TopK control of equal mean activity: random directions with biases of zero would fire
    on every other token, which no trained latent does.
 
+Of its latents a run labels those that fire as often as the dictionary's do (`exegete.agent.workbench.control_latents`): rare
+latents score higher than frequent ones, whoever drew their directions.
+
 Random directions of a trained model read text: explanations of them can be true. The control asks more of an explanation than
 to be true (Heap et al. 2025, "Sparse autoencoders can interpret randomly initialized transformers").
 """

@@ -270,11 +270,22 @@ def test_a_control_takes_live_latents(tmp_path: Path) -> None:
         def __init__(self, live: int) -> None:
             self.statuses = {latent: "live" if latent % 2 and latent < 2 * live else "rare" for latent in range(200)}
 
-    chosen = control_latents(config(tmp_path), Sparse(60))  # type: ignore[arg-type]
-    assert len(chosen) == CONTROL and all(latent % 2 for latent in chosen) and chosen == sorted(chosen)
-    assert len(control_latents(config(tmp_path), Sparse(20))) == 20  # type: ignore[arg-type]
+        def densities(self) -> Any:
+            return np.array([0.001 * latent for latent in range(200)])
+
+    def chosen(live: int, like: Any) -> list[int]:
+        return control_latents(config(tmp_path), Sparse(live), like)  # type: ignore[arg-type]
+
+    any_rate, often = Sparse(60), Sparse(60)
+    often.statuses = {latent: "live" if 60 <= latent < 84 else "dead" for latent in range(200)}
+    assert len(chosen(60, any_rate)) == CONTROL and all(latent % 2 for latent in chosen(60, any_rate))
+    assert chosen(60, any_rate) == sorted(set(chosen(60, any_rate)))
+    # Rates of 0.060 … 0.083: the twelve odd latents there, and twelve more from around.
+    found = chosen(60, often)
+    assert set(range(61, 84, 2)) <= set(found) and min(found) > 40 and max(found) < 110
+    assert len(chosen(20, any_rate)) == 20
     with pytest.raises(UserError, match=r"only 18 of 200 latents.*takes 19: read more text"):
-        control_latents(config(tmp_path), Sparse(18))  # type: ignore[arg-type]
+        chosen(18, any_rate)
 
 
 def test_figures_of_a_control_are_stored_with_its_run(store: Path) -> None:

@@ -85,3 +85,14 @@ def test_paired_interval_finds_a_constant_gain() -> None:
     base = rng.random(50)
     found = s.paired_interval(base + 0.1, base, rng)
     assert found == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_the_difference_of_two_sets_of_latents() -> None:
+    """0.9 − 0.5 without spread; with spread, the normal interval of two means, √(0.04/400 + 0.01/100) = 0.0141 either side · 1.96."""
+    rng = np.random.default_rng(0)
+    assert s.difference_interval(np.full(3, 0.9), np.full(2, 0.5), rng) == pytest.approx((0.4, 0.4, 0.4))
+    first, second = np.tile([0.9, 0.5], 200), np.tile([0.6, 0.4], 50)
+    found = s.difference_interval(first, second, rng)
+    assert found.value == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx((0.2 - 1.96 * 0.01414, 0.2 + 1.96 * 0.01414), abs=0.002)
+    assert s.difference_interval(first, np.array([]), rng).value is None
