@@ -54,7 +54,7 @@ def limits(*kinds: str) -> dict[str, Any]:
     """Return how long to wait where these faults strike: no longer than there is something to wait for."""
     if {"hang", "drip"} & {*kinds}:
         # As few calls at a time as are answered at once also on a busy machine.
-        return {"models.timeout_s": 2, "models.concurrency": 24}
+        return {"models.timeout_s": 3, "models.concurrency": 32}
     return {"models.patience_s": 0.3} if {*PUSHED_BACK} & {*kinds} else {}
 
 
