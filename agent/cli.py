@@ -39,6 +39,8 @@ ModelOption = Annotated[
 BudgetOption = Annotated[float | None, typer.Option(help="What calls to language models may cost in all, in USD.")]
 NoBudgetOption = Annotated[bool | None, typer.Option("--no-budget", help="Spend without a limit.")]
 
+CALLS_MISSING = 3
+"""Exit status of a run that finished, but for calls that a language model did not answer."""
 DEMO_STORE = Path("demo-store")
 DEFAULT_STORE = Path("store")
 
@@ -238,6 +240,8 @@ def _run(config: RunConfig) -> None:
             )
     if not outcome.finished:
         raise typer.Exit(130)
+    if any(outcome.missing.values()):
+        raise typer.Exit(CALLS_MISSING)
     _say(f'\nAsk the results: exegete sql --store {outcome.store} "SELECT * FROM best_explanations LIMIT 10"')
 
 

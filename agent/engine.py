@@ -115,9 +115,13 @@ async def _label(own: LatentEvidence, graph: Any, bench: Workbench) -> LatentRec
     except Halted:
         raise
     except Exception as error:
-        log.exception("latent %d failed", own.latent)
-        detail = f"{type(error).__name__}: {error}"
-        return LatentRecord(bench.dictionary, own.latent, "failed", detail=detail)
+        return failed(bench.dictionary, own.latent, error)
+
+
+def failed(dictionary: str, latent: int, error: Exception) -> LatentRecord:
+    """Return the record of a latent that raised, and log where."""
+    log.error("latent %d failed", latent, exc_info=error)
+    return LatentRecord(dictionary, latent, "failed", detail=f"{type(error).__name__}: {error}")
 
 
 class Batch:

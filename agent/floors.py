@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
-from exegete.agent.engine import Batch, Stop, work_through
+from exegete.agent.engine import Batch, Stop, failed, work_through
 from exegete.agent.graph import Workbench
+from exegete.agent.models import Halted
 from exegete.evaluators.baselines import (
     CONSTANT,
     Baseline,
@@ -65,7 +66,12 @@ async def score_all_floors(
     """Score the floors of every latent of `source` and hand them to `batch`; as `label_latents`."""
 
     async def score(own: LatentEvidence) -> LatentRecord:
-        return await score_floors(own, identities[own.latent], floors, explanations, bench)
+        try:
+            return await score_floors(own, identities[own.latent], floors, explanations, bench)
+        except Halted:
+            raise
+        except Exception as error:
+            return failed(bench.dictionary, own.latent, error)
 
     return await work_through(source, score, concurrency, batch, stop)
 

@@ -116,6 +116,19 @@ def test_a_refusal_in_the_middle_is_one_line_and_loses_nothing(
     check_account(bench, store)
 
 
+def test_missing_calls_have_an_exit_status_of_their_own(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = bench_of(server, tmp_path, FEW)
+    bench.behave({"kind": "500", "share": 0.1})
+    store = bench.store("store")
+    settings = [f"--set={name}={value}" for name, value in bench.settings().items()]
+    assert command(monkeypatch, "label", "--store", str(store), *settings) == 3
+    assert f"exegete resume --store {store}" in capsys.readouterr().out
+    bench.behave()
+    assert command(monkeypatch, "resume", "--store", str(store)) == 0
+
+
 def test_a_choice_among_fewer_candidates_than_asked_for_is_made_again(server: Running, tmp_path: Path) -> None:
     options: dict[str, Any] = {"label.explainer": "best-of", "label.explainer_options.candidates": 3}
     options["label.explainer_options.max_tokens"] = None  # It leaves that to the explainer that it chooses from.
