@@ -78,6 +78,7 @@ def check_workbench(config: RunConfig) -> None:
     for name in label.evaluator_options:
         _maker("evaluator", name)
     _check_control(config)
+    _check_asked(config)
     check_models(config.models)
 
 
@@ -231,6 +232,26 @@ def _check(config: RunConfig, kind: Kind, name: str, options: Mapping[str, Any])
     given = _checked_options(kind, name, maker, options)
     for parameter in _supplied(config, maker):
         _require(config, kind, name, parameter, given.get(parameter))
+
+
+def _check_asked(config: RunConfig) -> None:
+    """Raise UserError where a language model is named that nothing would ask: the offline path must not pass for it."""
+    label, models = config.label, config.models
+    asked = set()
+    if {"client", "explainer"} & set(_supplied(config, _maker("explainer", label.explainer))):
+        asked.add(models.explainer)
+    judging: list[tuple[Kind, str]] = [("judge", label.judge), *(("evaluator", name) for name in label.evaluators)]
+    if any("client" in _supplied(config, _maker(kind, name)) for kind, name in judging):
+        asked.add(models.judge)
+    for role, spec, used, way in (
+        ("explainer", models.explainer, label.explainer, _inner(config)),
+        ("judge", models.judge, label.judge, "model"),
+    ):
+        if spec is not None and spec not in asked:
+            raise UserError(
+                f"models.{role} = {spec!r} would be asked nothing, since the {role} is {used!r}: give --{role} {way}, or leave "
+                f"label.{role} out of the configuration"
+            )
 
 
 def _maker(kind: Kind, name: str) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ SUBJECT = {"subject.name": "bundled", "dictionary.path": "bundled:tests", "corpu
 KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENROUTER_API_KEY", "EXEGETE_API_KEY")
 HERE = "openai:some-model@http://127.0.0.1:9/v1"
 PRICED = "openai:gpt-4o-mini"
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,8 @@ def settled(*assignments: str, **overrides: Any) -> RunConfig:
         (["label.evaluator_options.fuzzing.items_per_class=many"], "option items_per_class = 'many'"),
         (["label.judge_options.temperature=0"], "judge 'predicate' has no option 'temperature'; it has none"),
         (["label.stop_at=1.5"], "label.stop_at = 1.5"),
+        ([f"models.explainer={HERE}", "label.explainer=lexical"], "asked nothing.*'lexical'.*--explainer one-shot"),
+        ([f"models.judge={HERE}", "label.judge=predicate"], "asked nothing.*'predicate'.*--judge model"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_loaded(assignments: list[str], message: str) -> None:
@@ -85,6 +88,27 @@ def test_what_is_said_of_the_explainer_counts_more() -> None:
     assert (label.explainer, label.judge) == ("lexical", "model")
 
 
+def test_one_model_for_both_may_explain_only_or_judge_only() -> None:
+    both = (f"models.explainer={HERE}", f"models.judge={HERE}")
+    check_workbench(settled(*both, "label.judge=predicate"))
+    check_workbench(settled(*both, "label.explainer=lexical"))
+    with pytest.raises(UserError, match="asked nothing"):
+        check_workbench(settled(*both, "label.explainer=lexical", "label.judge=predicate"))
+
+
+def test_evaluators_ask_the_judges_model_where_the_judge_does_not() -> None:
+    check_workbench(settled(f"models.judge={HERE}", "label.judge=predicate", 'label.evaluators=["simulation"]'))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.name)
+def test_a_model_on_the_command_line_is_asked_whatever_the_example(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key")
+    config = load_config(file, (), {"models.explainer": HERE, "models.judge": HERE})
+    check_workbench(config)
+    assert (config.label.explainer, config.label.judge) == ("combined", "model")
+
+
 def test_money_and_pace_are_no_part_of_what_a_run_is() -> None:
     plain = settled(f"models.judge={HERE}")
     money = [
@@ -109,7 +133,7 @@ def test_a_plan_names_models_and_budget() -> None:
     assert f"language models: judge {HERE}; budget: 2.50 USD" in lines
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.toml")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.name)
 def test_every_example_is_a_configuration_that_could_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KEYS:
         monkeypatch.setenv(name, "a-key")
