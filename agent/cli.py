@@ -95,7 +95,7 @@ def label(
         "models.explainer": model,
         "models.judge": model,
         **_money(budget, no_budget),
-        "label.evaluators": evaluators.split(",") if evaluators else None,
+        "label.evaluators": [name.strip() for name in evaluators.split(",")] if evaluators else None,
         "label.limit": limit,
     }
     settled = load_config(config, assignments or (), overrides)
@@ -110,13 +110,10 @@ def label(
 @app.command()
 def resume(store: StoreOption = DEFAULT_STORE, budget: BudgetOption = None, no_budget: NoBudgetOption = None) -> None:
     """Go on with the newest run of a store, with the configuration it was begun with; `--budget` is for the whole run."""
-    from exegete.agent.config import RunConfig
+    from exegete.agent.config import restored_config
     from exegete.agent.inspection import newest_config
 
-    config = newest_config(store)
-    money = {key.removeprefix("models."): value for key, value in _money(budget, no_budget).items()}
-    config["models"] = config.get("models", {}) | money
-    _run(RunConfig.model_validate({**config, "store": str(store)}))
+    _run(restored_config(newest_config(store), {"store": str(store), **_money(budget, no_budget)}))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ class ModelsConfig(Section):
     """Sentence-transformers model, by name or folder, for the evaluator `embedding` and the explainer `clusters`."""
     device: str = "cpu"
     """Torch device of `hf:` models and of the embedder."""
-    budget_usd: float | None = Field(default=None, ge=0)
+    budget_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """What the calls of this run may cost, in USD. Models that cost money are not called without one. Does not change the result."""
     no_budget: bool = False
     """Spend without a limit, whatever the budget, also on models whose price is unknown. Does not change the result."""
@@ -236,13 +237,16 @@ def load_config(
         if not found:
             raise UserError(f"--set {assignment!r}: expected key=value, for example --set label.limit=100")
         _assign(tree, key.strip(), _value(text.strip()))
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _assign(tree, key, value)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error, str(file) if file else "the options")) from error
+    return _settled(tree, overrides or {}, str(file) if file else "the options")
+
+
+def restored_config(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration that a run was begun with, `overrides` laid over it; keys that it does not know get defaults.
+
+    Raises:
+        UserError: a value does not fit, or the run was begun by a version with other keys.
+    """
+    return _settled(copy.deepcopy(dict(stored)), overrides, "the run's configuration")
 
 
 def dotted_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, str]:
@@ -262,6 +266,16 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _settled(tree: dict[str, Any], overrides: Mapping[str, Any], source: str) -> RunConfig:
+    for key, value in overrides.items():
+        if value is not None:
+            _assign(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, source)) from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from exegete.agent.config import RunConfig, dotted_keys, load_config
+from exegete.agent.config import RunConfig, dotted_keys, load_config, restored_config
 from exegete.tools.errors import UserError
 
 
@@ -35,6 +35,21 @@ def test_mistakes_are_quoted(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         load_config(file)
     assert message in str(raised.value)
+
+
+def test_what_a_run_was_begun_with_is_restored_and_mistakes_are_quoted() -> None:
+    stored = RunConfig().model_dump(mode="json", exclude={"store"})
+    older = {"label": {key: value for key, value in stored["label"].items() if key != "stop_at"}, "seed": 3}
+    found = restored_config(older, {"store": "here", "models.budget_usd": 2.0})
+    assert (found.seed, found.store, found.models.budget_usd, found.label.stop_at) == (3, "here", 2.0, None)
+    assert "models" not in older
+    for overrides, message in (
+        ({"models.budget_usd": -3.0}, "models.budget_usd = -3.0"),
+        ({"models.budget_usd": float("inf")}, "models.budget_usd = inf"),
+        ({"label.of_later": 1}, "unknown key 'label.of_later'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            restored_config(stored, overrides)
 
 
 def test_a_missing_file_and_a_bad_assignment() -> None:

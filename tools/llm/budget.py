@@ -29,7 +29,7 @@ class Budget:
 
     def __init__(self, max_usd: float, spent_usd: float = 0.0) -> None:
         if not (math.isfinite(max_usd) and max_usd >= 0):
-            raise UserError(f"budget of {max_usd} USD: expected a number that is not negative")
+            raise UserError(f"budget of {max_usd} USD: expected a finite number that is not negative")
         self.max_usd = max_usd
         self.spent_usd = spent_usd
         """Paid, and what calls without an answer may have cost."""
@@ -87,6 +87,6 @@ class Budget:
 
     def _refusal(self) -> BudgetUsedUp:
         return BudgetUsedUp(
-            f"budget of {self.max_usd:.2f} USD: {self.spent_usd:.4f} USD are spent and the next call could exceed it; "
+            f"budget of {self.max_usd:g} USD: {self.spent_usd:.4f} USD are spent and the next call could exceed it; "
             "calls in flight were finished, resume with a larger --budget"
         )
