@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
-from exegete.agent.engine import Batch, Stop, evidence_in_ranges, label_latents
+from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.graph import Workbench, label_graph
 from exegete.evaluators.clustering import INDEPENDENT, Clustering
 from exegete.evaluators.contract import JudgedItem
@@ -43,16 +43,23 @@ def pilot_latents(evidence: Evidence, latents: Sequence[int], seed: int) -> list
 
 
 async def run_pilot(
-    evidence: Evidence, latents: Sequence[int], bench: Workbench, concurrency: int, stop: Stop
+    evidence: Evidence, latents: Sequence[int], bench: Workbench, concurrency: int, stop: Stop, seen: Write
 ) -> tuple[dict[str, Clustering], bool] | None:
     """Label `latents` and return evaluator → clustering, and whether every call was answered; None where `stop` said so.
+
+    `seen` is given the records in batches, as they are finished.
 
     Raises:
         Halted: no language model can be asked any more.
     """
     own = replace(bench, evaluators=piloted(bench), in_flight={})
     records: list[LatentRecord] = []
-    batch = Batch(records.extend, len(latents) + 1)
+
+    def take(finished: Sequence[LatentRecord]) -> None:
+        records.extend(finished)
+        seen(finished)
+
+    batch = Batch(take, 1)
     if not await label_latents(evidence_in_ranges(evidence, latents), label_graph(own), own, concurrency, batch, stop):
         return None
     records.sort(key=lambda record: record.latent)

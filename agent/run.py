@@ -41,7 +41,7 @@ from exegete.agent.workbench import check_workbench, control_latents, open_workb
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
-from exegete.tools.store import LatentRecord, Store, Writer
+from exegete.tools.store import LatentRecord, Store, Writer, id_of_run
 
 if TYPE_CHECKING:
     from exegete.tools.llm import Budget
@@ -78,10 +78,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
         figures: dict[str, Any] = {}
         missing: dict[str, int] = {}
         try:
-            for evidence in gather_evidence(config, inputs, store, writer, progress, stop):
-                control = None
-                if config.label.random_control and inputs is not None:
-                    control = gather_control(config, inputs, store, writer, progress, stop)
+            gathered = gather_evidence(config, inputs, store, writer, progress, stop)
+            control: tuple[Inputs, Evidence] | None = None
+            if config.label.random_control and inputs is not None:
+                control = gather_control(config, inputs, store, writer, progress, stop)
+            _count_spent(here, gathered, control)
+            for evidence in gathered:
                 labeled = asyncio.run(_label_dictionary(here, evidence, control))
                 figures[evidence.dictionary], found = labeled
                 missing |= found
@@ -107,6 +109,18 @@ class _Run:
     progress: Progress
     stop: Stop
     budget: Budget | None
+
+
+def _count_spent(here: _Run, gathered: Sequence[Evidence], control: tuple[Inputs, Evidence] | None) -> None:
+    """Take from the budget what these runs have cost before: all of them, before the first one spends more."""
+    if here.budget is None:
+        return
+    config = here.config
+    known_by = [(identity(config), evidence.dictionary) for evidence in gathered]
+    if control is not None:
+        known_by.append((identity(config, control=True), control[1].dictionary))
+    for known, dictionary in known_by:
+        here.budget.spent_usd += here.writer.spent_usd(id_of_run(known, config.seed, dictionary))
 
 
 async def _label_dictionary(
@@ -158,8 +172,6 @@ def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> str:
         dictionary=evidence.dictionary,
     )
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
-    if here.budget is not None:
-        here.budget.spent_usd += writer.journal.spent_usd(run_id)
     return run_id
 
 
@@ -226,7 +238,9 @@ async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: 
     if not complete:
         chosen = pilot_latents(evidence, latents, here.config.seed)
         here.progress.say(f"pilot: {len(chosen)} latents show how the judge's errors cluster")
-        shown = await run_pilot(evidence, chosen, bench, here.config.label.concurrency, here.stop)
+        with here.progress.stage("pilot", len(chosen), "latents") as advance:
+            seen = _publishing(here, lambda records: None, advance)
+            shown = await run_pilot(evidence, chosen, bench, here.config.label.concurrency, here.stop, seen)
         if shown is None:
             raise Interrupted
         found, complete = shown
@@ -294,6 +308,9 @@ def _stop_on_interrupt(progress: Progress) -> Iterator[Stop]:
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
+            progress.say(
+                "stopping at once: calls in flight are given up; the same command goes on from what is written"
+            )
             raise KeyboardInterrupt
         asked = True
         progress.say("stopping: finishing what is in flight (once more to stop at once)")

@@ -150,6 +150,29 @@ def test_a_budget_that_is_used_up_leaves_a_run_that_more_money_finishes(
     assert tables(store) == tables(undisturbed)
 
 
+def test_one_budget_counts_what_all_dictionaries_of_a_store_have_cost(
+    server: Running, evidence: Path, tmp_path: Path
+) -> None:
+    store, other = planted_store(evidence, tmp_path / "store"), tmp_path / "other.jsonl"
+    other.write_text(evidence.read_text().replace('"dictionary": "planted"', '"dictionary": "other"'))
+    planted_store(other, store)
+    model, prices = spec(server, "openai"), tmp_path / "prices.toml"
+    prices.write_text(f'["{model}"]\ninput = 10.0\noutput = 10.0\n')
+    more = [
+        f"models.prices={prices}",
+        *("label.explainer_options.max_tokens=100", "label.judge_options.max_tokens=100"),
+    ]
+    server.behave("judge", **ORACLE, faults=[{"kind": "500", "share": 0.3}])
+    assert len(label(store, *more, *QUICK, "models.no_budget=true", model=model).missing) == 2
+    query = "SELECT sum(usd) FROM costs"
+    ((spent,),) = rows(store, query)
+    server.behave("judge", **ORACLE)
+    with pytest.raises(Halted, match="resume with a larger --budget"):
+        label(store, *more, f"models.budget_usd={spent}", model=model)
+    assert rows(store, query) == [(spent,)]
+    assert not any(label(store, *more, f"models.budget_usd={4 * spent}", model=model).missing.values())
+
+
 def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(server: Running, evidence: Path, tmp_path: Path) -> None:
     store = planted_store(evidence, tmp_path / "store")
     server.behave("judge", **ORACLE, faults=[{"kind": "401", "after": 40}])

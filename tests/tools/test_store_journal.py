@@ -235,6 +235,21 @@ def test_a_journal_that_was_put_away_does_not_hide_new_calls(tmp_path: Path) -> 
     assert rows(tmp_path, "SELECT call_id FROM calls ORDER BY 1") == [("x",), ("y",), ("z",)]
 
 
+def test_a_budget_counts_what_was_paid_before_the_journal_was_lost(tmp_path: Path) -> None:
+    with journal_at(tmp_path) as journal:
+        asyncio.run(call(journal.of_run("a"), "x", ok()))
+        asyncio.run(call(journal.of_run("b"), "y", ok()))
+    with Store.open(tmp_path).writer() as writer:
+        assert writer.spent_usd("a") == 0.25
+        writer.publish()
+        assert writer.spent_usd("a") == 0.25
+    (tmp_path / "journal.sqlite").unlink()
+    with journal_at(tmp_path) as journal:
+        asyncio.run(call(journal.of_run("a"), "z", ok()))
+    with Store.open(tmp_path).writer() as writer:
+        assert (writer.spent_usd("a"), writer.spent_usd("b"), writer.spent_usd("c")) == (0.5, 0.25, 0.0)
+
+
 def test_a_store_from_before_calls_had_parts(tmp_path: Path) -> None:
     Store.create_or_open(tmp_path)
     publish(tmp_path)

@@ -17,7 +17,7 @@ from exegete.tools.store.folder import Store
 from exegete.tools.store.reading import connect
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, Outcome, RunRecord, VerdictRecord
 from exegete.tools.store.sandbox import QueryResult, safe_query
-from exegete.tools.store.writer import Writer
+from exegete.tools.store.writer import Writer, id_of_run
 
 __all__ = [
     "DictionaryRecord",
@@ -29,5 +29,6 @@ __all__ = [
     "VerdictRecord",
     "Writer",
     "connect",
+    "id_of_run",
     "safe_query",
 ]

@@ -68,13 +68,12 @@ class StoreJournal:
         """Return the journal as a run's clients use it: its calls are noted under `run`; replies are found whoever asked."""
         return RunJournal(self, run)
 
-    def spent_usd(self, run: str) -> float:
-        """Return what the calls of a run have cost, with the worst case of those that are unknown.
+    def spent_usd(self, run: str, after: int = 0) -> float:
+        """Return what the calls of a run settled after number `after` have cost, with the worst case of those that are unknown.
 
-        A budget that is resumed begins here. Calls of batches that have not landed are not in it: whoever takes such a batch
-        up reserves their worst case again.
+        Calls of batches that have not landed are not in it: whoever takes such a batch up reserves their worst case again.
         """
-        return self._do(lambda file: file.spent_usd(run))
+        return self._do(lambda file: file.spent_usd(run, after))
 
     def account(self, after: int, limit: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """Return rows settled after a number, `limit` at most, and the rows in flight (see `JournalFile.account`)."""

@@ -58,6 +58,8 @@ CALL_COLUMNS = (
     *("output_tokens", "usd", "worst_usd", "seconds", "attempts", "detail", "noted_at"),
 )
 """Columns of a row of the account."""
+SPENT_USD = "coalesce(sum(CASE status WHEN 'unknown' THEN worst_usd ELSE usd END), 0.0)"
+"""What rows of the account have cost: what was answered, and what is unknown at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +178,10 @@ class JournalFile:
         found = self._connection.execute(query, [model])
         return [(nonce, json.loads(zlib.decompress(calls)), batch, usd) for nonce, calls, batch, usd in found]
 
-    def spent_usd(self, run: str) -> float:
-        """Return what a run's answered calls cost, and its unknown ones at most."""
-        query = (
-            "SELECT coalesce(sum(CASE status WHEN 'unknown' THEN worst_usd ELSE usd END), 0.0) FROM calls WHERE run = ?"
-        )
-        return float(self._value(query, run))
+    def spent_usd(self, run: str, after: int = 0) -> float:
+        """Return what a run's answered calls cost, and its unknown ones at most: of those settled after number `after`."""
+        query = f"SELECT {SPENT_USD} FROM calls WHERE run = ? AND settled > ?"
+        return float(self._value(query, run, after))
 
     def account(self, after: int, limit: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """Return at most `limit` rows settled after number `after`, and all rows in flight, each behind its number."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
 from exegete.tools.store import call_rows, publishing, rows
-from exegete.tools.store.journal_file import JOURNAL
+from exegete.tools.store.journal_file import JOURNAL, SPENT_USD
 from exegete.tools.store.parts import SUPERSEDED, superseded_parts, write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
@@ -110,10 +110,10 @@ class Writer:
     ) -> str:
         """Begin, or take up again, the run of this configuration; return its id.
 
-        The id is a digest of configuration, seed and dictionary, so that the same call finds the same run. `settings`, the
-        configuration with what does not change the result (budget, concurrency, …), is stored in its place, the newest one.
+        The same call finds the same run, since its id is made of these (`id_of_run`). `settings`, the configuration with what
+        does not change the result (budget, concurrency, …), is stored in its place, the newest one.
         """
-        run = digest(_json(config), str(seed), dictionary)
+        run = id_of_run(config, seed, dictionary)
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO data.runs VALUES (?, ?, ?, ?, ?, 'running', NULL, ?, NULL)"
@@ -121,6 +121,29 @@ class Writer:
                 [run, dictionary, _json(config if settings is None else settings), seed, code_version, utc_now()],
             )
         return run
+
+    def spent_usd(self, run: str) -> float:
+        """Return what the calls of a run have cost, with the worst case of those that are unknown: a budget begins here.
+
+        What readers can see counts also where the journal was lost since.
+
+        Raises:
+            UserError: the journal cannot be opened, or a part of calls is damaged.
+        """
+        with self._lock:
+            found = self._connection.execute("SELECT part FROM data.call_parts").fetchall()
+            since = self.journal.spent_usd(run, after=self._exported())
+            if not found:
+                return since
+            parts = [str(self._folder / "calls" / part) for (part,) in found]
+            query = f"SELECT {SPENT_USD} FROM read_parquet(?) WHERE run = ?"
+            try:
+                ((before,),) = self._connection.execute(query, [parts, run]).fetchall()
+            except (duckdb.IOException, duckdb.InvalidInputException) as error:
+                raise UserError(
+                    f"a part of calls in the store {str(self._folder)!r} is damaged ({str(error).splitlines()[0]}); restore it"
+                ) from error
+        return since + float(before)
 
     def runs(self) -> list[RunRecord]:
         """Return all runs, the one begun last first."""
@@ -344,6 +367,11 @@ class Writer:
     def _unwritten(self, error: Exception) -> UserError:
         first = str(error).splitlines()[0]
         return UserError(f"cannot write to the store {str(self._folder)!r} ({first}); free some space and resume")
+
+
+def id_of_run(config: Mapping[str, Any], seed: int, dictionary: str) -> str:
+    """Return the id of a run: a digest of what its results depend on."""
+    return digest(_json(config), str(seed), dictionary)
 
 
 def evidence_path(dictionary: str, control: bool = False) -> str:
