@@ -222,6 +222,7 @@ def export_evidence(
 
 
 def _run(config: RunConfig) -> None:
+    from exegete.agent.inspection import calls_lines
     from exegete.agent.run import run
     from exegete.agent.summary import headline
 
@@ -229,6 +230,8 @@ def _run(config: RunConfig) -> None:
     for dictionary, figures in outcome.figures.items():
         _say(f"\n{dictionary}")
         _say("\n".join(headline(figures)))
+    for line in calls_lines(outcome.store, outcome.runs):
+        _say(f"\n{line}")
     for dictionary, latents in outcome.missing.items():
         if latents:
             _say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,12 @@ def status_lines(store: Path) -> list[str]:
         for run in runs:
             lines += ["", *_run_lines(connection, run, pid)]
     return [visible(line) for line in (lines if runs else [*lines, _begin(store)])]
+
+
+def calls_lines(store: Path, runs: Sequence[str]) -> list[str]:
+    """Return one line on what the calls of ended runs came to and cost; none where they made no calls."""
+    with connect(store) as connection:
+        return [visible(line.strip()) for line in _calls_lines(connection, runs, going=False)]
 
 
 def writer_pid(folder: Path) -> int | None:
@@ -124,9 +131,10 @@ def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid:
         f"{visible(name or dictionary)}: {status}",
         f"  run {run[:19]} · dictionary {dictionary[:19]} · seed {seed} · exegete {code_version}"
         f" · explainer {label.get('explainer', 'unknown')}, judge {label.get('judge', 'unknown')}",
+        *_models_lines(config.get("models", {})),
         _progress_line(connection, run, min(latents or 0, label.get(asked) or latents or 0)),
         *([] if control else [_floors_line(connection, run, label.get("floors"))]),
-        *_calls_lines(connection, run),
+        *_calls_lines(connection, [run], pid is not None),
         *_missing_lines(connection, run),
     ]
     if figures is not None:
@@ -134,6 +142,11 @@ def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid:
     else:
         lines += _means(connection, run)
     return lines
+
+
+def _models_lines(models: Mapping[str, Any]) -> list[str]:
+    named = [f"{role} {models[role]}" for role in ("explainer", "judge", "scorer", "embedder") if models.get(role)]
+    return [f"  models: {', '.join(named)}"] if named else []
 
 
 def _progress_line(connection: duckdb.DuckDBPyConnection, run: str, total: int) -> str:
@@ -157,19 +170,29 @@ def _floors_line(connection: duckdb.DuckDBPyConnection, run: str, wanted: int | 
     return f"  floors: {told or 'none yet'}{asked}"
 
 
-def _calls_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
-    """Return one line on calls to language models and their cost; none for a run that makes no calls."""
+def _calls_lines(connection: duckdb.DuckDBPyConnection, runs: Sequence[str], going: bool) -> list[str]:
+    """Return one line on calls to language models and their cost; none for runs that make no calls."""
     [(calls, answered, failed, unknown, in_flight, usd, unknown_worst_usd)] = connection.execute(
         """SELECT sum(calls), sum(answered), sum(failed), sum(unknown), sum(in_flight), sum(usd), sum(unknown_worst_usd)
-        FROM costs WHERE run = ?""",
-        [run],
+        FROM costs WHERE list_contains(?, run)""",
+        [runs],
     ).fetchall()
     if not calls:
         return []
-    counts = f"{answered:,} answered, {failed:,} failed, {unknown:,} unknown"
-    counts += f", {in_flight:,} in flight" if in_flight else ""
+    counts = f"{answered:,} answered, {failed:,} failed{_why(connection, runs) if failed else ''}, {unknown:,} unknown"
+    if in_flight:
+        counts += f", {in_flight:,} in flight" + ("" if going else " when it ended")
     spent = f"{usd:,.2f} USD" + (f", and at most {unknown_worst_usd:,.2f} USD for the unknown" if unknown else "")
     return [f"  calls: {counts}; {spent}"]
+
+
+def _why(connection: duckdb.DuckDBPyConnection, runs: Sequence[str]) -> str:
+    found = connection.execute(
+        """SELECT detail FROM calls WHERE list_contains(?, run) AND status IN ('error', 'rejected') AND detail IS NOT NULL
+        GROUP BY detail ORDER BY count(*) DESC, detail LIMIT 1""",
+        [runs],
+    ).fetchone()
+    return f" (most often: {found[0]})" if found else ""
 
 
 def _missing_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:

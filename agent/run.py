@@ -58,6 +58,8 @@ class Outcome:
     """Dictionary → its summary (see `exegete.agent.summary`)."""
     missing: Mapping[str, int] = field(default_factory=dict)
     """Dictionary → latents about which calls to a language model failed for good; the same call asks them again."""
+    runs: Sequence[str] = ()
+    """Ids of the runs that it began or took up: one a dictionary, and those of random-weight controls."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
@@ -90,13 +92,13 @@ def run(config: RunConfig, progress: Progress | None = None) -> Outcome:
         except Interrupted:
             progress.say("stopped; what is finished is kept, and the same command goes on from here")
             writer.publish()
-            return Outcome(store.folder, False, figures, missing)
+            return Outcome(store.folder, False, figures, missing, here.begun)
         except BaseException:
             with suppress(UserError):  # Where publishing fails as well, what failed first is what there is to say.
                 writer.publish()
             raise
         writer.publish()
-    return Outcome(store.folder, True, figures, missing)
+    return Outcome(store.folder, True, figures, missing, here.begun)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class _Run:
     progress: Progress
     stop: Stop
     budget: Budget | None
+    begun: list[str] = field(default_factory=list)
+    """Ids of runs."""
 
 
 def _count_spent(here: _Run, gathered: Sequence[Evidence], control: tuple[Inputs, Evidence] | None) -> None:
@@ -171,6 +175,7 @@ def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> str:
         code_version=_code_version(),
         dictionary=evidence.dictionary,
     )
+    here.begun.append(run_id)
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
     return run_id
 

@@ -60,6 +60,7 @@ def test_latents_are_labeled_and_scored_through_the_sdk(
 ) -> None:
     store = planted_store(evidence, tmp_path / "store")
     outcome = label(store, model=spec(server, provider))
+    assert [(run,) for run in outcome.runs] == rows(store, "SELECT run FROM runs")
     (figures,) = outcome.figures.values()
     assert outcome.finished and figures["outcomes"] == {"labeled": LATENTS}
     for evaluator in ("detection", "fuzzing"):

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 from journaled_store import MODEL, call, journal_at, ok, publish, rows
 
-from exegete.agent.inspection import status_lines
+from exegete.agent.inspection import calls_lines, status_lines
 from exegete.tools.errors import UserError
 from exegete.tools.llm import BatchJournal, Reply, Submission, TokenLogprob
 from exegete.tools.store import DictionaryRecord, Store, safe_query
@@ -151,6 +151,23 @@ def test_views_tell_provider_model_and_tokens(tmp_path: Path) -> None:
     assert "calls: 1 answered, 0 failed, 1 unknown; 0.25 USD, and at most 0.50 USD for the unknown" in told
     shutil.move(tmp_path, tmp_path.with_name("elsewhere"))
     assert rows(tmp_path.with_name("elsewhere"), "SELECT count(*) FROM calls") == [(2,)]
+
+
+def test_status_says_why_calls_failed_and_what_an_ended_run_left_in_flight(tmp_path: Path) -> None:
+    Store.create_or_open(tmp_path)
+    with Store.open(tmp_path).writer() as writer:
+        writer.add_dictionary(DictionaryRecord("sha256:ab", "toy", 3))
+        models = {"models": {"judge": MODEL, "explainer": None}}
+        run = writer.begin_run(config=models, seed=0, code_version="0", dictionary="sha256:ab")
+        for name, detail in {"x": "HTTP 500: down", "y": "HTTP 503", "z": "HTTP 500: down"}.items():
+            asyncio.run(call(writer.journal.of_run(run), name, Reply("error", detail=detail)))
+        asyncio.run(writer.journal.of_run(run).intend("w", MODEL, 1.0))
+        writer.publish()
+        counts = "calls: 0 answered, 3 failed (most often: HTTP 500: down), 0 unknown, 1 in flight"
+        assert f"  {counts}; 0.00 USD" in status_lines(tmp_path)
+    assert f"  models: judge {MODEL}" in status_lines(tmp_path)
+    assert f"  {counts} when it ended; 0.00 USD" in status_lines(tmp_path)
+    assert calls_lines(tmp_path, [run]) == [f"{counts} when it ended; 0.00 USD"] and calls_lines(tmp_path, []) == []
 
 
 def test_a_batch_outlives_the_process_until_it_lands(tmp_path: Path) -> None:
