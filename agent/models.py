@@ -56,7 +56,7 @@ def check_models(config: ModelsConfig) -> None:
 
     Raises:
         UserError: a provider is unknown, a key is missing (its variable is named), the price of a model is unknown, it may
-            cost money and no budget was given, or a scorer is no local model.
+            cost money and no budget was given, a scorer is no local model, or a folder that is named is not there.
     """
     from exegete.tools.llm import parse_spec
     from exegete.tools.llm.opening import price_for
@@ -64,15 +64,28 @@ def check_models(config: ModelsConfig) -> None:
     budget, prices = budget_of(config), _prices(config)
     for text in filter(None, dict.fromkeys((config.explainer, config.judge))):
         spec = parse_spec(text)
-        if spec.provider != "hf":
+        if spec.provider == "hf":
+            _check_folder(spec.name, spec.model)
+        else:
             spec.key()
         price = price_for(spec, budget, prices)
         if budget is None and not config.no_budget and not (price is not None and price.input == price.output == 0):
             raise UserError(f"{spec.name}: its calls may cost money; say how much, --budget USD, or give --no-budget")
-    if config.scorer is not None and parse_spec(config.scorer).provider != "hf":
-        raise UserError(
-            f"models.scorer = {config.scorer!r}: gives no log-probabilities of given text; expected a local model, hf:PATH"
-        )
+    if config.scorer is not None:
+        if (spec := parse_spec(config.scorer)).provider != "hf":
+            raise UserError(
+                f"models.scorer = {config.scorer!r}: gives no log-probabilities of given text; expected a local model, hf:PATH"
+            )
+        _check_folder(spec.name, spec.model)
+    if config.embedder is not None:
+        _check_folder(f"models.embedder = {config.embedder!r}", config.embedder)
+
+
+def _check_folder(named: str, path: str) -> None:
+    """Raise UserError where `path` can only be a folder and is none; whether the hub has a name is found out at loading."""
+    looks_like_one = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if looks_like_one and not Path(path).is_dir():
+        raise UserError(f"{named}: there is no folder {path!r}; give the folder of a model, or its name on the hub")
 
 
 def budget_of(config: ModelsConfig) -> Budget | None:
