@@ -165,6 +165,11 @@ def _cost(own: Examination, counted: str, usage: Usage) -> Check:
         return Check("cost", "lacking", f"{counted}; no price is known", "no budget can be kept with this model")
     spent = sum(reply.usd for reply in own.replies) if budget is None else budget.spent_usd
     limit = "" if budget is None else f" of {budget.max_usd:g} allowed"
+    if all(reply.status in NO_ANSWER for reply in own.replies):
+        attempts = sum(reply.attempts for reply in own.replies)
+        return Check(
+            "cost", "ok", f"none of {attempts} calls was answered; at most {spent:.5f} USD{limit} are owed for them"
+        )
     table = (
         "free on this machine"
         if price == FREE

@@ -88,15 +88,15 @@ async def work_through(
 
 
 def _take(done: Iterable[asyncio.Task[LatentRecord]], batch: Batch) -> Halted | None:
-    """Hand finished records to `batch`; return what halted one of the others."""
+    """Hand finished records to `batch`; return what halted one of the others. What is no halt is a bug, and raised."""
     ended = list(done)
     errors = [error for error in (task.exception() for task in ended) if error is not None]
     batch.add(task.result() for task in ended if task.exception() is None)
+    halted = [error for error in errors if isinstance(error, Halted)]
     for error in errors:
         if not isinstance(error, Halted):
             raise error
-        return error
-    return None
+    return halted[0] if halted else None
 
 
 async def _tallied(own: LatentEvidence, work: Work) -> LatentRecord:
