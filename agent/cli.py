@@ -111,9 +111,17 @@ def label(
 def resume(store: StoreOption = DEFAULT_STORE, budget: BudgetOption = None, no_budget: NoBudgetOption = None) -> None:
     """Go on with the newest run of a store, with the configuration it was begun with; `--budget` is for the whole run."""
     from exegete.agent.config import restored_config
-    from exegete.agent.inspection import newest_config
+    from exegete.agent.inspection import newest_run
+    from exegete.agent.run import takes_up
 
-    _run(restored_config(newest_config(store), {"store": str(store), **_money(budget, no_budget)}))
+    run, dictionary, stored = newest_run(store)
+    config = restored_config(stored, {"store": str(store), **_money(budget, no_budget)})
+    if not takes_up(config, run, dictionary):
+        typer.echo(
+            "the newest run was begun by another version of exegete, whose runs had other settings: this begins it anew, beside it",
+            err=True,
+        )
+    _run(config)
 
 
 @app.command()

@@ -22,18 +22,25 @@ if TYPE_CHECKING:
 LOCK = "writer.lock"
 
 
-def newest_config(store: Path) -> dict[str, Any]:
-    """Return the configuration of the run that was begun last.
+def newest_run(store: Path) -> tuple[str, str, dict[str, Any]]:
+    """Return id, dictionary and configuration of the run that was begun last.
 
     Raises:
         UserError: the store has no run, or nothing was published yet.
     """
     with connect(store) as connection:
-        found = connection.execute("SELECT config FROM runs ORDER BY started_at DESC, run LIMIT 1").fetchone()
+        found = connection.execute(
+            "SELECT run, dictionary, config FROM runs ORDER BY started_at DESC, run LIMIT 1"
+        ).fetchone()
     if found is None:
         raise UserError(f"the store {str(store)!r} has no run yet; begin one with `exegete label --store {store}`")
-    config: dict[str, Any] = json.loads(found[0])
-    return config
+    run, dictionary, config = found
+    return run, dictionary, json.loads(config)
+
+
+def newest_config(store: Path) -> dict[str, Any]:
+    """Return the configuration of the run that was begun last; raises as `newest_run`."""
+    return newest_run(store)[2]
 
 
 def status_lines(store: Path) -> list[str]:

@@ -214,6 +214,11 @@ def identity(config: RunConfig, control: bool = False) -> dict[str, Any]:
     return found
 
 
+def takes_up(config: RunConfig, run: str, dictionary: str) -> bool:
+    """Return whether `config` goes on with a stored run of a dictionary: not where a version with other keys began that."""
+    return run in (id_of_run(identity(config, control), config.seed, dictionary) for control in (False, True))
+
+
 _NOT_IDENTITY: Any = {
     "store": True,
     "label": {"concurrency", "batch", "publish_seconds"},

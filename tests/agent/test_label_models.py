@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from language_model_server import Running, serving
 from planted_store import planted_file, planted_store, tables
 
 import exegete
+from exegete.agent.cli import main
 from exegete.agent.config import load_config
 from exegete.agent.models import Halted
 from exegete.agent.progress import Lines
@@ -192,6 +194,23 @@ def test_an_explainer_that_declines_is_an_outcome_with_its_reason(
     label(store, f"models.explainer={spec(server, 'openai', 'declines')}", f"models.judge={spec(server, 'openai')}")
     found = rows(store, "SELECT DISTINCT outcome, split_part(detail, ':', 2) FROM latents")
     assert found == [("no_explanation", " refused")]
+
+
+def test_a_run_of_another_version_is_not_passed_off_as_the_same(
+    evidence: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = planted_store(evidence, tmp_path / "store")
+    label(store)
+    monkeypatch.setattr("sys.argv", ["exegete", "resume", "--store", str(store)])
+    for older, said in ((False, False), (True, True)):
+        if older:
+            with duckdb.connect(str(store / "labels.duckdb")) as connection:
+                connection.execute("UPDATE data.runs SET run = 'sha256:of-before'")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        assert ("begun by another version" in capsys.readouterr().err) is said
 
 
 def test_what_runs_in_a_store_is_known_by_its_models(server: Running, evidence: Path, tmp_path: Path) -> None:
