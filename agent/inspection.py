@@ -23,7 +23,7 @@ LOCK = "writer.lock"
 
 
 def newest_run(store: Path) -> tuple[str, str, dict[str, Any]]:
-    """Return id, dictionary and configuration of the run that was begun last.
+    """Return id, dictionary and configuration of the run that was begun last, as it was last started.
 
     Raises:
         UserError: the store has no run, or nothing was published yet.
@@ -32,10 +32,18 @@ def newest_run(store: Path) -> tuple[str, str, dict[str, Any]]:
         found = connection.execute(
             "SELECT run, dictionary, config FROM runs ORDER BY started_at DESC, run LIMIT 1"
         ).fetchone()
-    if found is None:
-        raise UserError(f"the store {str(store)!r} has no run yet; begin one with `exegete label --store {store}`")
-    run, dictionary, config = found
-    return run, dictionary, json.loads(config)
+        if found is None:
+            raise UserError(f"the store {str(store)!r} has no run yet; begin one with `exegete label --store {store}`")
+        run, dictionary, config = found
+        return run, dictionary, json.loads(_settings(connection, run) or config)
+
+
+def _settings(connection: duckdb.DuckDBPyConnection, run: str) -> str | None:
+    tables = "SELECT 1 FROM duckdb_tables() WHERE schema_name = 'data' AND table_name = 'settings'"
+    if not connection.execute(tables).fetchall():
+        return None  # Published by a version that kept all of it in the configuration.
+    rows = connection.execute("SELECT settings FROM data.settings WHERE run = ?", [run]).fetchall()
+    return str(rows[0][0]) if rows else None
 
 
 def newest_config(store: Path) -> dict[str, Any]:

@@ -143,8 +143,11 @@ def _codes(model: LiveModel, dictionary: Dictionary, prompts: Sequence[Tokens]) 
         return [reading.of(dictionary.hook_point, row).clone() for row in range(len(reading.batch.trials))]
 
     found = model.run([Trial(prompt) for prompt in prompts], read, keep="none", points=[dictionary.hook_point])
-    with torch.no_grad():
-        yield from (torch.cat(dense_codes(dictionary, x)).float() for x in found)
+    for x in found:
+        # Not around the yield: whoever takes from two of these in turn would be left without gradients.
+        with torch.no_grad():
+            code = torch.cat(dense_codes(dictionary, x)).float()
+        yield code
 
 
 def _gradients(model: LiveModel, dictionary: Dictionary, trials: Sequence[PromptTrial], metric: Metric) -> list[Tensor]:

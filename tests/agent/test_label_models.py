@@ -15,6 +15,7 @@ from planted_store import planted_file, planted_store, tables
 import exegete
 from exegete.agent.cli import main
 from exegete.agent.config import load_config
+from exegete.agent.inspection import newest_config
 from exegete.agent.models import Halted
 from exegete.agent.progress import Lines
 from exegete.agent.run import Outcome, run
@@ -217,4 +218,5 @@ def test_what_runs_in_a_store_is_known_by_its_models(server: Running, evidence: 
     store = planted_store(evidence, tmp_path / "store")
     label(store, "models.concurrency=7", model=spec(server, "openai"))
     ((config,),) = rows(store, "SELECT config FROM runs")
-    assert json.loads(config)["models"]["concurrency"] == 7
+    assert json.loads(config)["models"]["judge"] == spec(server, "openai")
+    assert "concurrency" not in json.loads(config)["models"] and newest_config(store)["models"]["concurrency"] == 7

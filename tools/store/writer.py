@@ -111,14 +111,18 @@ class Writer:
         """Begin, or take up again, the run of this configuration; return its id.
 
         The same call finds the same run, since its id is made of these (`id_of_run`). `settings`, the configuration with what
-        does not change the result (budget, concurrency, …), is stored in its place, the newest one.
+        does not change the result (budget, concurrency, …), is stored beside it, the newest one.
         """
         run = id_of_run(config, seed, dictionary)
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO data.runs VALUES (?, ?, ?, ?, ?, 'running', NULL, ?, NULL)"
-                " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL, config = excluded.config",
-                [run, dictionary, _json(config if settings is None else settings), seed, code_version, utc_now()],
+                " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL",
+                [run, dictionary, _json(config), seed, code_version, utc_now()],
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO data.settings VALUES (?, ?)",
+                [run, _json(config if settings is None else settings)],
             )
         return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -36,3 +38,10 @@ def prompts(subject: Subject) -> list[Tokens]:
     live = LiveModel(subject)
     texts = [example.text for example in generate(11, 12, "held_out")]
     return [live.tokens(text)[: -(1 + index % 5)] for index, text in enumerate(texts)]
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """Whatever an instrument does to gradients, it leaves them as it found them."""
+    yield
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
