@@ -36,7 +36,7 @@ from exegete.agent.models import Models, budget_of
 from exegete.agent.pilot import described, pilot_latents, piloted, restored, run_pilot
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
-from exegete.agent.typed import control_scores, too_few, typed_latents
+from exegete.agent.typed import control_scores, few_floors, too_few, typed_latents
 from exegete.agent.workbench import check_workbench, control_latents, open_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
@@ -140,6 +140,10 @@ async def _label_dictionary(
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     statuses = evidence.statuses
     typed = typed_latents(results, headlines, {latent: statuses[latent] for latent in latents}, controls)
+    for name, count in few_floors(results, headlines).items():
+        here.progress.say(
+            f"{name}: types rest on {count} shuffled explanations, fewer than a 95th percentile takes; set label.floors to 19 or more"
+        )
     writer.set_types(run_id, evidence.dictionary, typed)
     figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary), controls)
     writer.finish_run(run_id, "finished", figures)

@@ -46,6 +46,15 @@ def typed_latents(
     return types(scores, floors, controls=[enough]) | silent
 
 
+def few_floors(results: RunResults, headlines: Mapping[str, str]) -> dict[str, int]:
+    """Return the deciding evaluators with fewer shuffled scores than a 95th percentile takes, and how many they have."""
+    counted = dict.fromkeys(deciding_evaluators(headlines), 0)
+    for row in results.headlines(headlines):
+        if row.baseline == "shuffled" and row.evaluator in counted:
+            counted[row.evaluator] += 1
+    return {name: count for name, count in counted.items() if count < least_controls(1)}
+
+
 def control_scores(results: RunResults, headlines: Mapping[str, str]) -> dict[str, list[float]]:
     """Return what the run of a random-weight control came to: evaluator → scores, of every evaluator in `headlines`."""
     found: dict[str, list[float]] = {name: [] for name in headlines}

@@ -100,3 +100,12 @@ def test_an_empty_store_says_what_to_do(tmp_path: Path) -> None:
 def test_a_half_configured_pass_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \[dictionary\]"):
         run(load_config(None, ["subject.name=x"], {"store": str(tmp_path / "s")}), Lines())
+
+
+def test_types_on_few_floors_are_said_to_be(
+    planted_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled(planted_file, tmp_path / "few", "label.limit=8", "label.floors=5")
+    assert "fuzzing: types rest on 5 shuffled explanations" in capsys.readouterr().err
+    labeled(planted_file, tmp_path / "enough", "label.floors=25")
+    assert "types rest on" not in capsys.readouterr().err

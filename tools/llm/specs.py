@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 from exegete.tools.errors import UserError, nearest
 
 PROVIDERS = ("openai", "anthropic", "openai-batch", "anthropic-batch", "hf")
-_FORMS = "openai:MODEL, openai:MODEL@URL, anthropic:MODEL, openai-batch:MODEL, anthropic-batch:MODEL, hf:PATH"
+_FORMS = "openai:MODEL, openai:MODEL@URL, anthropic:MODEL, anthropic:MODEL@URL, openai-batch:MODEL, anthropic-batch:MODEL, hf:PATH"
 _HOSTS = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
 _KEY_VARIABLES = {
     "api.openai.com": "OPENAI_API_KEY",
