@@ -133,9 +133,10 @@ async def _label_dictionary(
     """Label one dictionary; return its summary, and dictionary → about how many latents calls are missing."""
     config, writer = here.config, here.writer
     controls, missing = (None, {}) if control is None else await _label_control(here, *control, evidence)
-    run_id = _begin(here, evidence, identity(config))
+    known_by = identity(config)
+    run_id = id_of_run(known_by, config.seed, evidence.dictionary)
     latents = _chosen(config, evidence)
-    bench = await _worked_through(here, here.inputs, evidence, latents, run_id)
+    bench = await _worked_through(here, here.inputs, evidence, latents, known_by)
     results = writer.results(run_id, evidence.dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     statuses = evidence.statuses
@@ -156,8 +157,9 @@ async def _label_control(
     """Label latents of a random-weight dictionary; return evaluator → their scores, and what calls are missing."""
     config, writer, dictionary = here.config, here.writer, evidence.dictionary
     latents = control_latents(config, evidence, like)
-    run_id = _begin(here, evidence, identity(config, control=True))
-    bench = await _worked_through(here, inputs, evidence, latents, run_id, floors=False)
+    known_by = identity(config, control=True)
+    run_id = id_of_run(known_by, config.seed, dictionary)
+    bench = await _worked_through(here, inputs, evidence, latents, known_by, floors=False)
     results = writer.results(run_id, dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     found = control_scores(results, headlines)
@@ -170,7 +172,7 @@ async def _label_control(
     return found, {dictionary: results.incomplete()}
 
 
-def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> str:
+def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> None:
     config, writer = here.config, here.writer
     run_id = writer.begin_run(
         config=known_by,
@@ -181,17 +183,23 @@ def _begin(here: _Run, evidence: Evidence, known_by: Mapping[str, Any]) -> str:
     )
     here.begun.append(run_id)
     writer.publish()  # From now on `status` and `resume` know the run, however it ends.
-    return run_id
 
 
 async def _worked_through(
-    here: _Run, inputs: Inputs | None, evidence: Evidence, latents: Sequence[int], run_id: str, floors: bool = True
+    here: _Run,
+    inputs: Inputs | None,
+    evidence: Evidence,
+    latents: Sequence[int],
+    known_by: Mapping[str, Any],
+    floors: bool = True,
 ) -> Workbench:
     """Pilot, label and score the floors of `latents`; return the instruments that did it."""
+    run_id = id_of_run(known_by, here.config.seed, evidence.dictionary)
     models = Models(here.config.models, lambda: here.writer.journal.of_run(run_id), here.budget)
     try:
         async with models:
             bench = open_workbench(here.config, inputs, evidence, latents, models)
+            _begin(here, evidence, known_by)
             whole = await _pilot(here, evidence, latents, bench, run_id)
             await _label(here, evidence, latents, bench, run_id)
             if not whole and not here.writer.results(run_id, evidence.dictionary).incomplete():

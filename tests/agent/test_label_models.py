@@ -19,6 +19,7 @@ from exegete.agent.inspection import newest_config
 from exegete.agent.models import Halted
 from exegete.agent.progress import Lines
 from exegete.agent.run import Outcome, run
+from exegete.tools.errors import UserError
 
 LATENTS = 12
 ORACLE: dict[str, Any] = {"answer": "oracle", "otherwise": "never"}
@@ -220,3 +221,11 @@ def test_what_runs_in_a_store_is_known_by_its_models(server: Running, evidence: 
     ((config,),) = rows(store, "SELECT config FROM runs")
     assert json.loads(config)["models"]["judge"] == spec(server, "openai")
     assert "concurrency" not in json.loads(config)["models"] and newest_config(store)["models"]["concurrency"] == 7
+
+
+def test_instruments_that_cannot_be_opened_leave_no_run(evidence: Path, tmp_path: Path) -> None:
+    store = planted_store(evidence, tmp_path / "store")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError):
+        label(store, model=f"hf:{tmp_path / 'model'}")
+    assert rows(store, "SELECT * FROM runs") == []
