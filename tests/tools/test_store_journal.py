@@ -272,7 +272,8 @@ def test_a_store_from_before_calls_had_parts(tmp_path: Path) -> None:
     publish(tmp_path)
     (tmp_path / "calls").rmdir()
     old = """
-        DROP TABLE data.call_parts; DROP TABLE data.open_calls; DELETE FROM main.migrations WHERE version >= 4;
+        DROP TABLE data.call_parts; DROP TABLE data.open_calls; DROP TABLE data.settings;
+        DELETE FROM main.migrations WHERE version >= 4;
         CREATE TABLE data.calls (call_id VARCHAR, run VARCHAR, usd DOUBLE);
     """
     with duckdb.connect(str(tmp_path / "run.duckdb")) as connection:
