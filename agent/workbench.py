@@ -13,6 +13,7 @@ An instrument says by the names of its parameters what it is made with, and whoe
     score        how good an explanation is on the refine split, by the judge
     background   what text is like apart from the latent (the lexical explainer's)
     stopping     when to ask no more about a latent (`label.stop_at`)
+    clustering   how the judge's errors cluster: left out here, and set once the pilot has shown it
 
 All other parameters are options: `label.explainer_options`, `label.judge_options`, `label.evaluator_options.NAME`.
 """

@@ -76,7 +76,7 @@ def measure(provider: str, chosen: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=chosen.scratch) as folder, serving() as server:
         server.behave()
         server.keep_bodies(False)
-        spec = f"{provider}-batch:model@{server.openai_url if provider == 'openai' else server.anthropic_url}"
+        spec = server.spec(f"{provider}-batch", "model")
         processes = {part: _process(part, spec, Path(folder), chosen) for part in ("requests", "client")}
         server.reset_log()
         for part in ("made", "read", "done"):

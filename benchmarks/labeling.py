@@ -37,8 +37,7 @@ def main() -> None:
     os.environ.setdefault("EXEGETE_API_KEY", "none")
     with serving(answer="oracle", otherwise="never", rate=0.05) as server:
         server.keep_bodies(False)
-        url = server.openai_url if chosen.provider.startswith("openai") else server.anthropic_url
-        model = f"{chosen.provider}:oracle-05@{url}"
+        model = server.spec(chosen.provider, "oracle-05")
         settled = load_config(
             None,
             (),

@@ -105,9 +105,8 @@ class Ways:
 
     def __init__(self, server: Running, provider: str, in_flight: int, folder: Path) -> None:
         openai_ = provider == "openai"
-        address = server.openai_url if openai_ else server.anthropic_url
         limits = Limits(concurrency=in_flight)
-        name = f"{provider}:model@{address}"
+        name = server.spec(provider, "model")
         self.server = server
         self.in_flight = in_flight
         self.path = "/chat/completions" if openai_ else "/v1/messages"
@@ -122,7 +121,7 @@ class Ways:
         timeout = httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None)
         http = sdk.DefaultAsyncHttpxClient(limits=pool)
         made = sdk.AsyncOpenAI if openai_ else sdk.AsyncAnthropic
-        self.sdk = made(api_key="k", base_url=address, max_retries=0, timeout=timeout, http_client=http)
+        self.sdk = made(api_key="k", base_url=parse_spec(name).base_url, max_retries=0, timeout=timeout, http_client=http)
         self.create = self.sdk.chat.completions.create if openai_ else self.sdk.messages.create
 
     async def bare(self, requests: Sequence[Request]) -> tuple[float, float]:

@@ -105,18 +105,13 @@ class Intervention:
         prompts = select_prompts(self.model, evidence, self.split, self.steering.prompts)
         if not prompts.scored or not prompts.matching:
             missing = "no_items" if not prompts.scored else "no_matching_prompts"
-            return Evaluation((Score(self.name, self.metric, *UNDEFINED, 0, 0, status=missing),), ())
+            return Evaluation((Score(self.name, self.headline, *UNDEFINED, 0, 0, status=missing),), ())
         found = await asyncio.to_thread(self._arms, evidence.latent, prompts, seed)
         scores = await asyncio.gather(*(self._score(explanation, arm, prompts, seed) for arm in found))
         return Evaluation(tuple(scores), ())
 
     @property
     def headline(self) -> str:
-        """The same as `metric`."""
-        return self.metric
-
-    @property
-    def metric(self) -> str:
         """What is measured: "accuracy" or "information"."""
         return "accuracy" if self.scorer is None else "information"
 
@@ -131,7 +126,7 @@ class Intervention:
         return found
 
     async def _score(self, explanation: Explanation, arm: Arm, prompts: Prompts, seed: int) -> Score:
-        metric = self.metric if arm.kind == "latent" else f"{self.metric}_{arm.kind}"
+        metric = self.headline if arm.kind == "latent" else f"{self.headline}_{arm.kind}"
         parameters = {**self._parameters(prompts), **_of_arm(arm, self.rates)}
         if arm.status != "ok":
             return Score(self.name, metric, *UNDEFINED, 0, 0, status=arm.status, parameters=parameters)

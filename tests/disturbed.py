@@ -36,8 +36,7 @@ class Bench:
     @property
     def model(self) -> str:
         """The model that explains and judges."""
-        url = self.server.openai_url if self.provider == "openai" else self.server.anthropic_url
-        return f"{self.provider}:judge@{url}"
+        return self.server.spec(self.provider, "judge")
 
     def behave(self, *faults: dict[str, Any]) -> None:
         """Have the server suffer these faults from now on, and no others."""

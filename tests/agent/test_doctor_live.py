@@ -42,7 +42,7 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 
 def spec_at(server: Running, provider: str, model: str = "m") -> str:
-    return f"{provider}:{model}@{server.openai_url if provider.startswith('openai') else server.anthropic_url}"
+    return server.spec(provider, model)
 
 
 def good(server: Running, **behaviour: Any) -> None:

@@ -71,8 +71,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def labeled(store: Path, server: Running, provider: str, **more: Any) -> Outcome:
-    url = server.openai_url if provider == "openai" else server.anthropic_url
-    model = f"{provider}:judge@{url}"
+    model = server.spec(provider, "judge")
     asked = {"store": str(store), "models.explainer": model, "models.judge": model, "models.embedder": "letters"}
     return run(load_config(None, (), SMALL | asked | more), Lines(every_s=1e9))
 

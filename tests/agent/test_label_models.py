@@ -45,7 +45,7 @@ def fresh(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spec(server: Running, provider: str, model: str = "judge") -> str:
-    return f"{provider}:{model}@{server.openai_url if provider.startswith('openai') else server.anthropic_url}"
+    return server.spec(provider, model)
 
 
 def label(store: Path, *assignments: str, model: str | None = None) -> Outcome:

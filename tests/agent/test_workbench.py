@@ -73,10 +73,16 @@ def test_a_price_table_of_the_users_makes_a_budget_possible(tmp_path: Path) -> N
     spec = "openai:m@https://example.org/v1"
     table = tmp_path / "prices.toml"
     table.write_text(f'["{spec}"]\ninput = 1.0\noutput = 2.0\n')
-    check_workbench(settled(f"models.judge={spec}", f"models.prices={table}", "models.budget_usd=3"))
+    asked = [f"models.judge={spec}", "models.budget_usd=3"]
+    with pytest.raises(UserError, match="no price is known"):
+        check_workbench(settled(*asked))
+    check_workbench(settled(*asked, f"models.prices={table}"))
 
 
 def test_a_server_on_this_machine_needs_neither_key_nor_budget() -> None:
+    there = HERE.replace("127.0.0.1", "example.org")
+    with pytest.raises(UserError, match="--budget"):
+        check_workbench(settled(f"models.explainer={there}", f"models.judge={there}"))
     check_workbench(settled(f"models.explainer={HERE}", f"models.judge={HERE}"))
 
 
@@ -100,7 +106,10 @@ def test_one_model_for_both_may_explain_only_or_judge_only() -> None:
 
 
 def test_evaluators_ask_the_judges_model_where_the_judge_does_not() -> None:
-    check_workbench(settled(f"models.judge={HERE}", "label.judge=predicate", 'label.evaluators=["simulation"]'))
+    asked = (f"models.judge={HERE}", "label.judge=predicate")
+    with pytest.raises(UserError, match="asked nothing"):
+        check_workbench(settled(*asked))
+    check_workbench(settled(*asked, 'label.evaluators=["simulation"]'))
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.name)
@@ -140,4 +149,5 @@ def test_a_plan_names_models_and_budget() -> None:
 def test_every_example_is_a_configuration_that_could_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KEYS:
         monkeypatch.setenv(name, "a-key")
-    check_workbench(load_config(file))
+    lines = plan(load_config(file))
+    assert lines[0].startswith("store: out/") and any(line.startswith("pass: ") for line in lines)

@@ -103,8 +103,7 @@ def test_published_balanced_accuracies(
     found = latents(name)
     server.behave("llama", answer="replay", verdicts=[row for latent in found for row in rows(task, latent)])
     monkeypatch.setenv("EXEGETE_API_KEY", "test-key")
-    url = server.openai_url if provider == "openai" else server.anthropic_url
-    client = open_client(f"{provider}:llama@{url}", journal=MemoryJournal())
+    client = open_client(server.spec(provider, "llama"), journal=MemoryJournal())
     given = asyncio.run(evaluations(client, task, found, per_prompt))
     published = {"detection": "balanced_acc_recall", "fuzzing": "balanced_acc_fuzz"}[task]
     for latent, evaluation in zip(found, given, strict=True):

@@ -23,6 +23,11 @@ class Running:
         self.openai_url = f"http://127.0.0.1:{port}/v1"
         self.anthropic_url = f"http://127.0.0.1:{port}"
 
+    def spec(self, provider: str, model: str) -> str:
+        """Return a model of this server as users name it: `openai:MODEL@URL`, `anthropic-batch:MODEL@URL`, …"""
+        url = self.anthropic_url if provider.startswith("anthropic") else self.openai_url
+        return f"{provider}:{model}@{url}"
+
     def behave(self, model: str = "*", **behaviour: Any) -> None:
         """Set how the server treats a model from now on (fields of `Behaviour`; faults as dictionaries); `*` is any model.
 

@@ -60,8 +60,7 @@ def server() -> Iterator[Running]:
 @pytest.fixture(params=["openai", "anthropic"])
 def client(request: pytest.FixtureRequest, server: Running, monkeypatch: pytest.MonkeyPatch) -> Client:
     monkeypatch.setenv("EXEGETE_API_KEY", "test-key")
-    url = {"openai": server.openai_url, "anthropic": server.anthropic_url}[request.param]
-    return open_client(f"{request.param}:writer@{url}", journal=MemoryJournal())
+    return open_client(server.spec(request.param, "writer"), journal=MemoryJournal())
 
 
 def explain(client: Client, name: str) -> Explanation | None:

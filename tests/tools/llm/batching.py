@@ -29,7 +29,7 @@ QUICK: dict[str, Any] = {
 
 
 def batch_spec(server: Running, provider: str, model: str = "model") -> str:
-    return f"{provider}-batch:{model}@{server.openai_url if provider == 'openai' else server.anthropic_url}"
+    return server.spec(f"{provider}-batch", model)
 
 
 def batch_client(

@@ -44,7 +44,7 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 
 def spec_at(server: Running, provider: str, model: str = "model") -> str:
-    return f"{provider}:{model}@{server.openai_url if provider == 'openai' else server.anthropic_url}"
+    return server.spec(provider, model)
 
 
 @pytest.fixture
