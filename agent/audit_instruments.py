@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from exegete.agent.audit_tasks import Instruments
+from exegete.agent.models import require_budget
 from exegete.evaluators import judge_names, make_judge
 from exegete.tools.embedders import Embedder
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.llm import Budget, MemoryJournal, load_prices, open_client, open_scorer, parse_spec
+from exegete.tools.llm.opening import price_for
 
 PREDICATE = "predicate"
 
@@ -48,16 +50,12 @@ async def opened(
         yield Instruments(known, None, named, vectors, reference=known if judge == PREDICATE else None)
         return
     spec = parse_spec(judge)
-    if max_usd is None and not no_budget and not spec.local:
-        raise UserError(f"{spec.name}: calls cost money; say how much they may cost with --max-usd, or --no-budget")
-    budget = None if max_usd is None else Budget(max_usd)
-    client = open_client(
-        judge, journal=MemoryJournal(), budget=budget, prices=load_prices(prices), device=device or "cpu"
-    )
+    budget, table = None if max_usd is None else Budget(max_usd), load_prices(prices)
+    price = price_for(spec, budget, table)
+    require_budget(spec, price, budget, no_budget, "--max-usd")
+    client = open_client(judge, journal=MemoryJournal(), budget=budget, prices=table, device=device or "cpu")
     try:
-        yield Instruments(
-            make_judge("model", client=client), client, named, vectors, priced=spec.local or client.price is not None
-        )
+        yield Instruments(make_judge("model", client=client), client, named, vectors, priced=price is not None)
     finally:
         await client.close()
 

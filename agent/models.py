@@ -22,7 +22,7 @@ from exegete.tools.errors import UserError
 
 if TYPE_CHECKING:
     from exegete.tools.embedders import Embedder
-    from exegete.tools.llm import BatchJournal, Budget, Client, Prices, PromptScorer, Reply, Request
+    from exegete.tools.llm import BatchJournal, Budget, Client, Price, Prices, PromptScorer, Reply, Request, Spec
 
 
 class Halted(UserError):
@@ -68,9 +68,7 @@ def check_models(config: ModelsConfig) -> None:
             _check_folder(spec.name, spec.model)
         else:
             spec.key()
-        price = price_for(spec, budget, prices)
-        if budget is None and not config.no_budget and not (price is not None and price.input == price.output == 0):
-            raise UserError(f"{spec.name}: its calls may cost money; say how much, --budget USD, or give --no-budget")
+        require_budget(spec, price_for(spec, budget, prices), budget, config.no_budget)
     if config.scorer is not None:
         if (spec := parse_spec(config.scorer)).provider != "hf":
             raise UserError(
@@ -79,6 +77,15 @@ def check_models(config: ModelsConfig) -> None:
         _check_folder(spec.name, spec.model)
     if config.embedder is not None:
         _check_folder(f"models.embedder = {config.embedder!r}", config.embedder)
+
+
+def require_budget(
+    spec: Spec, price: Price | None, budget: Budget | None, no_budget: bool, option: str = "--budget"
+) -> None:
+    """Raise UserError where calls may cost money (no price is known, or one above 0) and nobody has said how much."""
+    free = price is not None and price.input == price.output == 0
+    if budget is None and not no_budget and not free:
+        raise UserError(f"{spec.name}: its calls may cost money; say how much, {option} USD, or give --no-budget")
 
 
 def _check_folder(named: str, path: str) -> None:
