@@ -121,7 +121,9 @@ class Ways:
         timeout = httpx2.Timeout(limits.total_s, connect=limits.connect_s, pool=None)
         http = sdk.DefaultAsyncHttpxClient(limits=pool)
         made = sdk.AsyncOpenAI if openai_ else sdk.AsyncAnthropic
-        self.sdk = made(api_key="k", base_url=parse_spec(name).base_url, max_retries=0, timeout=timeout, http_client=http)
+        self.sdk = made(
+            api_key="k", base_url=parse_spec(name).base_url, max_retries=0, timeout=timeout, http_client=http
+        )
         self.create = self.sdk.chat.completions.create if openai_ else self.sdk.messages.create
 
     async def bare(self, requests: Sequence[Request]) -> tuple[float, float]:
