@@ -15,7 +15,7 @@ that a language model wrote.
 
 from exegete.tools.store.folder import Store
 from exegete.tools.store.reading import connect
-from exegete.tools.store.records import DictionaryRecord, LatentRecord, Outcome, RunRecord, VerdictRecord
+from exegete.tools.store.records import DictionaryRecord, LatentRecord, Outcome, RunRecord, StepRecord, VerdictRecord
 from exegete.tools.store.sandbox import QueryResult, safe_query
 from exegete.tools.store.writer import Writer, id_of_run
 
@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "QueryResult",
     "RunRecord",
+    "StepRecord",
     "Store",
     "VerdictRecord",
     "Writer",

@@ -25,6 +25,7 @@ _ORDER = {
     "explanations": "dictionary, latent, explanation_id",
     "scores": "dictionary, latent, run, explanation_id, evaluator, metric, baseline",
     "typing": "dictionary, latent, run",
+    "climbs": "dictionary, latent, run, control, step",
 }
 
 

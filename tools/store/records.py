@@ -83,6 +83,35 @@ class VerdictRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One explanation that was tried on the way up the cascade, and what it cost: a row of the `climbs` view."""
+
+    step: int
+    """Position on the way, from 0."""
+    rung: str
+    """The explainer, or `best-of` for what is drawn at equal cost on the control subset."""
+    explanation_id: str | None
+    """None where the explainer gave none."""
+    refine: float | None
+    """Mean balanced accuracy of detection and fuzzing on the refine split, by which a latent climbs."""
+    refine_low: float | None
+    refine_high: float | None
+    refine_n: int
+    """Judged items behind it."""
+    calls: int
+    """Calls to language models that writing and scoring it on the refine split took, whether paid now or before."""
+    tokens: int
+    usd: float
+    decision: str
+    """What followed: `good_enough`, `not_worth_it`, `climbs`, `plateau`, `rounds_used_up`, `top`, `no_score` or `control`."""
+    test: float | None = None
+    """The same figure on the test split, where the step is of the control subset; nothing is decided by it."""
+    test_n: int = 0
+    control: bool = False
+    """Whether the latent climbed whatever its scores said, so that routing can be measured."""
+
+
+@dataclass(frozen=True, slots=True)
 class LatentRecord:
     """Everything a run found out about one latent; it is written whole or not at all."""
 
@@ -99,6 +128,10 @@ class LatentRecord:
     """Why it failed, or why there is no explanation; None otherwise."""
     missing_calls: int = 0
     """Calls to language models that failed for good: a resumed run asks them again (`Writer.forget_incomplete`)."""
+    chosen: str | None = None
+    """Id of the explanation that the run stands by; where left out, that of the only one there is."""
+    steps: Sequence[StepRecord] = ()
+    """The way up the cascade, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ RESULTS = pa.schema(
         ("status", pa.string()),
         ("detail", pa.string()),
         ("missing_calls", pa.int32()),
+        ("explanation_id", pa.string()),
     ]
 )
 EXPLANATIONS = pa.schema(
@@ -52,6 +53,27 @@ SCORES = pa.schema(
         ("parameters", pa.string()),
     ]
 )
+CLIMBS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("control", pa.bool_()),
+        ("step", pa.int32()),
+        ("rung", pa.string()),
+        ("explanation_id", pa.string()),
+        ("refine", pa.float64()),
+        ("refine_low", pa.float64()),
+        ("refine_high", pa.float64()),
+        ("refine_n", pa.int32()),
+        ("test", pa.float64()),
+        ("test_n", pa.int32()),
+        ("calls", pa.int32()),
+        ("tokens", pa.int64()),
+        ("usd", pa.float64()),
+        ("decision", pa.string()),
+    ]
+)
 TYPING = pa.schema([("run", pa.string()), ("dictionary", pa.string()), ("latent", pa.int32()), ("typed", pa.string())])
 VERDICTS = pa.schema(
     [
@@ -74,7 +96,10 @@ VERDICTS = pa.schema(
 
 def results(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     """One row a record."""
-    return _table(RESULTS, [(run, r.dictionary, r.latent, r.status, r.detail, r.missing_calls) for r in records])
+    return _table(
+        RESULTS,
+        [(run, r.dictionary, r.latent, r.status, r.detail, r.missing_calls, _chosen(r)) for r in records],
+    )
 
 
 def floors(run: str, records: Sequence[LatentRecord]) -> pa.Table:
@@ -129,6 +154,20 @@ def scores(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     )
 
 
+def climbs(run: str, records: Sequence[LatentRecord]) -> pa.Table:
+    """One row a step of a climb."""
+    return _table(
+        CLIMBS,
+        [
+            (run, r.dictionary, r.latent, s.control, s.step, s.rung, s.explanation_id)
+            + (s.refine, s.refine_low, s.refine_high, s.refine_n, s.test, s.test_n)
+            + (s.calls, s.tokens, s.usd, s.decision)
+            for r in records
+            for s in r.steps
+        ],
+    )
+
+
 def typing(run: str, dictionary: str, types: Mapping[int, str]) -> pa.Table:
     """One row a latent."""
     return _table(TYPING, [(run, dictionary, latent, typed) for latent, typed in sorted(types.items())])
@@ -145,6 +184,12 @@ def verdicts(run: str, records: Sequence[LatentRecord]) -> pa.Table:
             for v in r.verdicts
         ],
     )
+
+
+def _chosen(record: LatentRecord) -> str | None:
+    if record.chosen is not None or len(record.explanations) != 1:
+        return record.chosen
+    return record.explanations[0][1]
 
 
 def _table(schema: pa.Schema, found: Sequence[tuple[Any, ...]]) -> pa.Table:

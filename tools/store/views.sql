@@ -64,6 +64,30 @@ COMMENT ON COLUMN scores.status IS 'ok, or why there is no figure.';
 COMMENT ON COLUMN scores.parameters IS 'Judge and parameters of the evaluator, as JSON.';
 COMMENT ON COLUMN scores.run IS 'The run that scored it.';
 
+CREATE VIEW climbs AS
+SELECT dictionary, latent, step, rung, explanation_id, refine, refine_low, refine_high, refine_n, decision, test, test_n, calls, tokens,
+       usd, control, run
+FROM data.climbs
+WHERE dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%');
+COMMENT ON VIEW climbs IS 'One row an explanation that a latent tried on its way up the cascade, with what decided and what it cost.';
+COMMENT ON COLUMN climbs.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN climbs.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN climbs.step IS 'Position on the way up, from 0.';
+COMMENT ON COLUMN climbs.rung IS 'The explainer that wrote it, or best-of for what the control subset drew at equal cost.';
+COMMENT ON COLUMN climbs.explanation_id IS 'The explanation; null where the explainer gave none.';
+COMMENT ON COLUMN climbs.refine IS 'Mean balanced accuracy of detection and fuzzing on the refine split: the figure that decides, not one to report.';
+COMMENT ON COLUMN climbs.refine_low IS 'Lower end of its 95 % interval.';
+COMMENT ON COLUMN climbs.refine_high IS 'Upper end of its 95 % interval: below the target, the latent may climb.';
+COMMENT ON COLUMN climbs.refine_n IS 'Judged items that it rests on.';
+COMMENT ON COLUMN climbs.decision IS 'What followed: good_enough, not_worth_it, climbs, plateau, rounds_used_up, top, no_score or control.';
+COMMENT ON COLUMN climbs.test IS 'The same figure on the test split, on the control subset alone; it decides nothing.';
+COMMENT ON COLUMN climbs.test_n IS 'Judged items that it rests on.';
+COMMENT ON COLUMN climbs.calls IS 'Calls to language models that writing it and scoring it on the refine split took.';
+COMMENT ON COLUMN climbs.tokens IS 'Their tokens, input and output.';
+COMMENT ON COLUMN climbs.usd IS 'Their cost in US dollars, whether paid by this run or before.';
+COMMENT ON COLUMN climbs.control IS 'Whether the latent climbed whatever its scores said, so that routing can be measured.';
+COMMENT ON COLUMN climbs.run IS 'The run.';
+
 CREATE VIEW best_explanations AS
 WITH balanced AS (
     SELECT run, dictionary, latent, explanation_id, baseline, evaluator, avg(value) AS value, avg(low) AS low, avg(high) AS high

@@ -31,6 +31,7 @@ _CALLS_IN_A_PART = 25_000
 _DELETE_UNUSED = """
 DELETE FROM data.explanations e WHERE dictionary = $dictionary AND latent IN (SELECT unnest($latents::INTEGER[]))
 AND explanation_id NOT IN (SELECT explanation_id FROM data.scores WHERE dictionary = $dictionary)
+AND explanation_id NOT IN (SELECT explanation_id FROM data.climbs WHERE dictionary = $dictionary AND explanation_id IS NOT NULL)
 AND NOT EXISTS (
     FROM data.results r WHERE r.dictionary = e.dictionary AND r.latent = e.latent AND r.status = 'labeled'
     AND NOT EXISTS (FROM data.scores s WHERE s.run = r.run AND s.dictionary = r.dictionary AND s.latent = r.latent)
@@ -185,6 +186,7 @@ class Writer:
                 )
                 self._insert_explanations(rows.explanations(new))
                 self._insert("scores", rows.scores(run, new))
+                self._insert("climbs", rows.climbs(run, new))
                 if part is not None:
                     connection.execute("INSERT INTO data.verdict_parts VALUES (?, ?)", [part, verdicts.num_rows])
             for record in new:
@@ -218,6 +220,11 @@ class Writer:
                     query = f"DELETE FROM data.{table} WHERE run = ? AND dictionary = ? AND latent IN (SELECT unnest(?::INTEGER[]))"
                     connection.execute(query, [run, dictionary, latents])
                 connection.execute(f"DELETE FROM data.scores WHERE {SUPERSEDED}", chosen)
+                connection.execute(
+                    "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND NOT control"
+                    " AND latent IN (SELECT unnest(?::INTEGER[]))",
+                    [run, dictionary, labeled],
+                )
                 connection.execute(_DELETE_UNUSED, {"dictionary": dictionary, "latents": labeled})
                 for part, remaining in replaced.items():
                     connection.execute("DELETE FROM data.verdict_parts WHERE part = ?", [part])
@@ -249,6 +256,19 @@ class Writer:
                 connection.execute(
                     "INSERT INTO data.pilots VALUES (?, ?, ?, ?)", [run, dictionary, evaluator, _json(clustering)]
                 )
+
+    def set_control(self, run: str, dictionary: str, records: Sequence[LatentRecord]) -> None:
+        """Store how the control subset climbed every rung of the cascade, in place of what was stored of it before.
+
+        Only the explanations and steps of `records` are taken: what the run says of these latents is recorded like that of
+        all others.
+        """
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND control", [run, dictionary]
+            )
+            self._insert_explanations(rows.explanations(records))
+            self._insert("climbs", rows.climbs(run, records))
 
     def results(self, run: str, dictionary: str) -> RunResults:
         """Return what `run` has found out about `dictionary` so far, for reading back."""
