@@ -22,7 +22,7 @@ from exegete.agent.sql import run_sql
 from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
 from exegete.tools.interchange import import_evidence
-from exegete.tools.store import DictionaryRecord, LatentRecord, Store, VerdictRecord, Writer
+from exegete.tools.store import DictionaryRecord, LatentRecord, Store, VerdictRecord, Writer, reading
 from exegete.tools.store.schema import schema_version
 from exegete.tools.windows import Window
 
@@ -184,6 +184,37 @@ def test_an_open_reader_keeps_its_snapshot_and_a_new_one_sees_the_next(tmp_path:
     assert not list(store.folder.glob(".labels*"))
     notebook.close()
     direct.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_snapshot_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """DuckDB opens the file twice by its path: a header of the former one over the rows of the next is no snapshot."""
+    fill(tmp_path / "next", [[1, 2, 3]])
+    store = fill(tmp_path / "store", [[0]])
+    shutil.copytree(tmp_path / "next" / "verdicts", store.folder / "verdicts", dirs_exist_ok=True)
+    attach, attached = reading._attach, []
+
+    def slow(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None:
+        attached.append(snapshot)
+        if len(attached) == 1:
+            (tmp_path / "next" / "labels.duckdb").replace(snapshot)
+            if fails:
+                raise duckdb.IOException("No more data remaining in MetadataReader")
+        attach(connection, snapshot)
+
+    monkeypatch.setattr(reading, "_attach", slow)
+    with exegete.connect(store.folder) as connection:
+        assert connection.execute("SELECT latent FROM explanations ORDER BY ALL").fetchall() == [(1,), (2,), (3,)]
+    assert len(attached) == 2
+
+
+def test_a_damaged_snapshot_is_not_opened_again_and_again(tmp_path: Path) -> None:
+    store = fill(tmp_path, [[0]])
+    (store.folder / "labels.duckdb").write_bytes(b"no database")
+    with pytest.raises(UserError, match="publish it again"):
+        exegete.connect(store.folder)
 
 
 def test_readers_cannot_write(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 The snapshot is attached to a database in memory: DuckDB keeps one instance per path within a process, and opening the path
 itself would go on giving the former snapshot for as long as any connection to it is open.
+
+DuckDB opens a file twice: it reads the header, closes it, and opens it again by its path. A publishing in between would give
+the header of one snapshot and the rows of the next, so where the file was replaced meanwhile it is attached anew.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import duckdb
@@ -14,6 +18,9 @@ from exegete.tools.errors import UserError
 from exegete.tools.store.folder import Store
 from exegete.tools.store.publishing import SNAPSHOT, statements_for
 from exegete.tools.store.schema import check_version, schema_version
+
+_ATTEMPTS = 20
+"""A publishing takes longer than an opening, so that even one more is rarely needed."""
 
 
 def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
@@ -32,9 +39,7 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
         raise UserError(f"nothing was published yet in the store {str(store)!r}; run `exegete label --store {store}`")
     connection = duckdb.connect(":memory:")
     try:
-        quoted = str(snapshot).replace("'", "''")
-        connection.execute(f"ATTACH '{quoted}' AS labels (READ_ONLY)")
-        connection.execute("USE labels")
+        _attach_whole(connection, snapshot)
         _heal(connection, folder)
     except duckdb.Error as error:
         connection.close()
@@ -46,6 +51,34 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
         connection.close()
         raise
     return connection
+
+
+def _attach_whole(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None:
+    """Attach the snapshot as `labels` and use it, the one file from its header to its last row."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        before = _identity(snapshot)
+        try:
+            _attach(connection, snapshot)
+        except duckdb.Error:
+            if _identity(snapshot) == before or attempt == _ATTEMPTS:
+                raise
+            continue
+        if _identity(snapshot) == before:
+            break
+        connection.execute("DETACH labels")
+    else:
+        raise duckdb.IOException(f"it was replaced {_ATTEMPTS} times while it was being opened")
+    connection.execute("USE labels")
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None:
+    quoted = str(snapshot).replace("'", "''")
+    connection.execute(f"ATTACH '{quoted}' AS labels (READ_ONLY)")
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
