@@ -12,40 +12,39 @@
    micro-batches (`verifying`).
 
 Each slice and each later stage is renamed into place when complete, so that after a crash at any moment the same
-call goes on. `merging.merge` turns the finished folder into evidence.
+call goes on. `prepare_pass`, `do_slice` and `finish_pass` are for workers that share the folder (`exegete slice`,
+`workers`); `run_pass` is one process that does it all. `merging.merge` turns the finished folder into evidence.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-
 from exegete.tools.errors import UserError
-from exegete.tools.firing_events import Events, EventStream, Statistics, join
+from exegete.tools.firing_events import EventStream
 from exegete.tools.parts import (
     EVENTS,
-    POOL,
     ROW_GROUP,
     check_manifest,
     events_table,
     is_complete,
     parquet_writer,
+    read_manifest,
+    remove_unfinished,
     save_statistics,
     slice_folders,
     whole_folder,
 )
 from exegete.tools.pass_settings import PassSettings
-from exegete.tools.sampling import I64, RunningBest, event_hash, may_be_sampled
 from exegete.tools.selecting import select_firing, uncertified
+from exegete.tools.slice_writing import LowestHashes, SliceWriter
 from exegete.tools.verifying import verify_rare_tokens
 from exegete.tools.window_pool import Pool, draw_pool
-from exegete.tools.windows import SPLITS
 
 if TYPE_CHECKING:
     from exegete.tools.corpus import Corpus
@@ -81,6 +80,139 @@ class _Watch:
             raise Stopped
 
 
+@dataclass(frozen=True)
+class Slice:
+    """One piece of the corpus."""
+
+    part: Path
+    """Its folder: there and whole, or not at all."""
+    start: int
+    stop: int
+    """Its micro-batches."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Their number."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """A pass that has its folder and manifest. Whoever has one, in whatever process, may do any slice of it."""
+
+    stream: EventStream
+    folder: Path
+    settings: PassSettings
+    batch: int
+    """Micro-batches read at a time."""
+    pool: Pool
+    slices: tuple[Slice, ...]
+    threads: int
+    """Of torch, with which it was begun: another number may change the last bits of what a CPU computes."""
+
+
+def prepare_pass(
+    subject: Subject,
+    dictionary: Dictionary,
+    corpus: Corpus,
+    folder: Path,
+    settings: PassSettings,
+    *,
+    begin: bool = True,
+    slices_at_least: int = 1,
+) -> PreparedPass:
+    """Begin the pass in `folder`, or take it up there: in the slices and with the threads that it was begun with.
+
+    Args:
+        begin: False for a worker, which takes up what another process has begun.
+        slices_at_least: where `settings` do not say how many.
+
+    Raises:
+        UserError: the dictionary does not fit the subject, the corpus has no usable window, `folder` holds another
+            pass, or none and `begin` is False.
+    """
+    _check(subject, dictionary, corpus)
+    micro, batch = settings.shape(subject.device)
+    count, threads = slice_count(corpus, settings, micro, slices_at_least), torch_threads()
+    if not begin or (folder / "manifest.json").exists():
+        held = read_manifest(folder)
+        count = count if settings.slices else int(held["slices"])
+        threads = int(held.get("threads", threads))
+    check_manifest(
+        folder, _manifest(subject, dictionary, corpus, settings, micro) | {"slices": count, "threads": threads}
+    )
+    stream = EventStream(subject, dictionary, corpus, micro)
+    pool = draw_pool(corpus, settings)
+    if not len(pool.windows):
+        raise UserError("the corpus has no usable window: every window is empty or recurs in another split")
+    bounds = [stream.micro_batches * i // count for i in range(count + 1)]
+    slices = tuple(map(Slice, slice_folders(folder, count), bounds[:-1], bounds[1:]))
+    return PreparedPass(stream, folder, settings, batch // micro, pool, slices, threads)
+
+
+def do_slice(prepared: PreparedPass, index: int, watch: Callable[[int], None] = lambda micro_batches: None) -> bool:
+    """Do one slice unless it is complete, and return whether there was something to do.
+
+    Any number of processes may do slices of one pass at the same time, also the same one. `watch` is called with the
+    number of micro-batches just finished; what it raises ends the slice, of which nothing remains.
+
+    Raises:
+        UserError: the part is damaged, or the disk is full.
+    """
+    piece = prepared.slices[index]
+    if is_complete(piece.part):
+        watch(piece.micro_batches)
+        return False
+    with computing_with(prepared.threads):
+        run_slice(
+            prepared.stream,
+            piece.part,
+            piece.start,
+            piece.stop,
+            prepared.batch,
+            prepared.pool,
+            prepared.settings,
+            lambda: watch(1),
+        )
+    return True
+
+
+def do_every_slice(prepared: PreparedPass, advance: Callable[[int], None], stop: Callable[[], bool]) -> None:
+    """Do the slices one after another, in this process: the `Slicer` that needs no other."""
+
+    def watch(micro_batches: int) -> None:
+        advance(micro_batches)
+        if stop():
+            raise Stopped
+
+    for index in range(len(prepared.slices)):
+        do_slice(prepared, index, watch)
+
+
+def finish_pass(
+    prepared: PreparedPass, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+) -> None:
+    """Select, redo and verify, once every slice is complete; what is done already stays.
+
+    Raises:
+        Stopped: `stop` ended it.
+        UserError: a part is missing or damaged, or the disk is full.
+    """
+    stream, folder, settings = prepared.stream, prepared.folder, prepared.settings
+    remove_unfinished(folder)
+    with computing_with(prepared.threads):
+        select_firing(folder, stream.dictionary.latents, settings)
+        _redo(stream, folder, prepared.batch, settings, progress, stop)
+        verify_rare_tokens(
+            stream, folder, prepared.pool, settings, lambda total: _Watch("verification", total, progress, stop)
+        )
+
+
+Slicer = Callable[[PreparedPass, Callable[[int], None], Callable[[], bool]], None]
+"""Does the slices that are missing. Is given what to call with the micro-batches just finished, and what says that it is to
+end, by raising `Stopped`."""
+
+
 def run_pass(
     subject: Subject,
     dictionary: Dictionary,
@@ -89,6 +221,8 @@ def run_pass(
     settings: PassSettings,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    slicer: Slicer = do_every_slice,
+    slices_at_least: int = 1,
 ) -> bool:
     """Do what is still missing of the pass in `folder`, and return whether it is finished (False: `stop` ended it).
 
@@ -96,26 +230,37 @@ def run_pass(
         UserError: the dictionary does not fit the subject, the corpus has no usable window, `folder` holds another pass
             or a damaged part, or the disk is full.
     """
-    _check(subject, dictionary, corpus)
-    micro, batch = settings.shape(subject.device)
-    check_manifest(folder, _manifest(subject, dictionary, corpus, settings, micro))
-    stream = EventStream(subject, dictionary, corpus, micro)
-    pool = draw_pool(corpus, settings)
-    if not len(pool.windows):
-        raise UserError("the corpus has no usable window: every window is empty or recurs in another split")
+    prepared = prepare_pass(subject, dictionary, corpus, folder, settings, slices_at_least=slices_at_least)
     try:
-        watch = _Watch("activations", stream.micro_batches, progress, stop)
-        for part, start, stop_at in _slices(folder, stream, settings):
-            if is_complete(part):
-                watch(stop_at - start)
-            else:
-                run_slice(stream, part, start, stop_at, batch // micro, pool, settings, watch)
-        select_firing(folder, dictionary.latents, settings)
-        _redo(stream, folder, batch // micro, settings, progress, stop)
-        verify_rare_tokens(stream, folder, pool, settings, lambda total: _Watch("verification", total, progress, stop))
+        advance = _Watch("activations", prepared.stream.micro_batches, progress, None)
+        slicer(prepared, advance, stop or (lambda: False))
+        finish_pass(prepared, progress, stop)
     except Stopped:
         return False
     return True
+
+
+def torch_threads() -> int:
+    """Return the threads that torch computes with in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Have torch compute with so many threads."""
+    import torch
+
+    former = torch.get_num_threads()
+    if former == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
 
 
 def _check(subject: Subject, dictionary: Dictionary, corpus: Corpus) -> None:
@@ -140,23 +285,15 @@ def _manifest(
         "hook_point": dictionary.hook_point,
         "latents": dictionary.latents,
         "settings": identity,
-        "slices": slice_count(corpus, settings, micro),
         "device": subject.device,
         "dtype": [subject.dtype, dictionary.dtype],
     }
 
 
-def slice_count(corpus: Corpus, settings: PassSettings, micro: int) -> int:
-    """Return the number of slices: as asked for or by size, but none empty."""
-    wanted = settings.slices or -(-corpus.contexts * corpus.context_tokens // SLICE_TOKENS)
-    return max(1, min(wanted, -(-corpus.contexts // micro)))
-
-
-def _slices(folder: Path, stream: EventStream, settings: PassSettings) -> list[tuple[Path, int, int]]:
-    """Return (folder, first micro-batch, end) of each slice."""
-    count = slice_count(stream.corpus, settings, stream.micro_batch)
-    bounds = [stream.micro_batches * i // count for i in range(count + 1)]
-    return list(zip(slice_folders(folder, count), bounds[:-1], bounds[1:], strict=True))
+def slice_count(corpus: Corpus, settings: PassSettings, micro: int, at_least: int = 1) -> int:
+    """Return the number of slices: as asked for, or by size and `at_least` so many; but none empty."""
+    by_size = max(at_least, -(-corpus.contexts * corpus.context_tokens // SLICE_TOKENS))
+    return max(1, min(settings.slices or by_size, -(-corpus.contexts // micro)))
 
 
 def run_slice(
@@ -174,7 +311,7 @@ def run_slice(
     `batch` micro-batches are read at a time; `watch` is called after each one.
     """
     with whole_folder(part) as temporary:
-        writer = _SliceWriter(temporary, stream.dictionary.latents, pool, settings)
+        writer = SliceWriter(temporary, stream.dictionary.latents, pool, settings)
         try:
             for events in stream.over(start, stop, batch):
                 writer.add(events)
@@ -183,58 +320,6 @@ def run_slice(
         finally:
             writer.close()
         save_statistics(temporary / "statistics.npz", writer.statistics)
-
-
-class _SliceWriter:
-    """Keeps a slice's statistics and writes the events that may still matter."""
-
-    def __init__(self, folder: Path, latents: int, pool: Pool, settings: PassSettings) -> None:
-        counts = settings.counts
-        self.statistics = Statistics(latents)
-        self._pool, self._seed = pool, settings.seed
-        self._budget = settings.emission_factor * np.array(counts.firing, np.float64)
-        self._best = RunningBest(latents * len(SPLITS), max(1, *counts.top))
-        self._events: list[Events] = []
-        self._pooled: list[Events] = []
-        self._firings = 0
-        # A few buffered firings per latent amortise the update of the running best, and bound the memory.
-        self._capacity = min(max(8 * latents, 1 << 15), 1 << 20)
-        self._event_file = parquet_writer(folder / "events.parquet", EVENTS)
-        self._pool_file = parquet_writer(folder / "pool.parquet", POOL)
-
-    def add(self, events: Events) -> None:
-        """Take in one micro-batch."""
-        self.statistics.add(events)
-        if not len(events.latents):
-            return
-        groups = events.groups
-        hashes = event_hash(self._seed, events.latents, events.windows)
-        kept = may_be_sampled(hashes, self.statistics.windows[groups], self._budget[events.splits])
-        kept |= events.peaks >= self._best.bound[groups]
-        self._events.append(events if kept.all() else events.take(np.flatnonzero(kept)))
-        pooled = np.flatnonzero(self._pool.holds(events.windows))
-        if len(pooled):
-            self._pooled.append(events.take(pooled))
-        self._firings += len(self._events[-1].values) + sum(len(p.values) for p in self._pooled[-1:])
-        if self._firings >= self._capacity:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is buffered, and raise the bounds of the running best."""
-        if self._events:
-            events = join(self._events)
-            self._best.update(events.groups, events.peaks)
-            self._event_file.write_table(events_table(events), row_group_size=ROW_GROUP)
-        if self._pooled:
-            pooled = join(self._pooled)
-            columns = [pooled.latents.astype(np.int32), pooled.windows, pooled.peaks]
-            self._pool_file.write_table(pa.table(columns, schema=POOL), row_group_size=ROW_GROUP)
-        self._events, self._pooled, self._firings = [], [], 0
-
-    def close(self) -> None:
-        """Finish the files."""
-        self._event_file.close()
-        self._pool_file.close()
 
 
 def _redo(
@@ -252,42 +337,10 @@ def _redo(
         return
     _LOG.info("the uniform sample of %d latents is not certified; drawing it again", len(latents))
     watch = _Watch("resampling", stream.micro_batches, progress, stop)
-    lowest = _LowestHashes(latents, stream.dictionary.latents, settings)
+    lowest = LowestHashes(latents, stream.dictionary.latents, settings)
     for events in stream.over(0, stream.micro_batches, batch):
         lowest.add(events)
         watch()
     with whole_folder(part) as temporary, parquet_writer(temporary / "events.parquet", EVENTS) as writer:
         writer.write_table(events_table(lowest.reduce()), row_group_size=ROW_GROUP)
     select_firing(folder, stream.dictionary.latents, settings)
-
-
-class _LowestHashes:
-    """Keeps for some latents exactly the K events of lowest hash in each split."""
-
-    def __init__(self, chosen: I64, latents: int, settings: PassSettings) -> None:
-        self._chosen = np.zeros(latents, bool)
-        self._chosen[chosen] = True
-        self._seed = settings.seed
-        self._sample = np.array(settings.counts.firing, np.int64)
-        self._events: list[Events] = []
-        self._held = 0
-        self._capacity = 2 * len(chosen) * int(self._sample.sum()) + (1 << 15)
-
-    def add(self, events: Events) -> None:
-        """Take in one micro-batch."""
-        self._events.append(events.take(np.flatnonzero(self._chosen[events.latents])))
-        self._held += len(self._events[-1].latents)
-        if self._held > self._capacity:
-            self.reduce()
-
-    def reduce(self) -> Events:
-        """Drop what is not among the lowest so far, and return the rest."""
-        from exegete.tools.sampling import rank_within
-
-        events = join(self._events)
-        hashes = event_hash(self._seed, events.latents, events.windows)
-        order = np.lexsort((events.windows, hashes, events.groups))
-        ranks = rank_within(events.groups[order])
-        kept = events.take(order[ranks < self._sample[events.splits[order]]])
-        self._events, self._held = [kept], len(kept.latents)
-        return kept

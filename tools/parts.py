@@ -9,13 +9,20 @@
     selected.parquet, …         later stages, each written aside and renamed
 
 Parquet pages carry checksums. A part that is not what `done.json` says, or cannot be read, is a UserError.
+
+Several workers may write into one folder, on shared storage: whatever is unfinished has a name that no other process
+uses, and of two workers that do the same slice, the first to rename it wins; the other's copy, equal bit for bit, is
+thrown away.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +48,8 @@ EVENTS = pa.schema(
 POOL = pa.schema([("latent", pa.int32()), ("window", pa.int64()), ("peak", pa.float32())])
 ROW_GROUP = 32_768
 _STATISTICS = ("firings", "windows", "whole", "fraction", "peak", "histogram")
+_NOT_COMPARED = ("threads",)
+"""What a manifest says of how the pass was begun. Who goes on with it takes that over, and need not have the same."""
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -54,8 +63,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(dict(manifest), indent=1, sort_keys=True).encode())
         return
-    stored = read_manifest(folder)
-    wanted = json.loads(json.dumps(dict(manifest)))
+    stored, wanted = _comparable(read_manifest(folder)), _comparable(json.loads(json.dumps(dict(manifest))))
     differing = sorted(key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key))
     if differing:
         key = differing[0]
@@ -63,6 +71,12 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"{str(folder)!r} holds parts of another activation pass ({key} was {stored.get(key)!r}, "
             f"now {wanted.get(key)!r}); remove that folder or name another"
         )
+
+
+def _comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two parts of one pass must have in common. Which of several GPUs it was does not count."""
+    kept = {key: value for key, value in manifest.items() if key not in _NOT_COMPARED}
+    return kept | {"device": str(kept.get("device")).partition(":")[0]}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -117,11 +131,13 @@ def open_part(path: Path) -> pq.ParquetFile:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder`, with `done.json`, if the block ends without an error.
 
+    Where another worker has put `folder` there in the meantime, that one stays.
+
     Raises:
         UserError: it cannot be written (a full disk).
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_unfinished_of_the_dead(folder)
+    temporary = _aside(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -132,7 +148,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             sync(path)
         write_bytes(temporary / "done.json", json.dumps(done).encode())
         sync(temporary)
-        temporary.rename(folder)
+        _rename_unless_there(temporary, folder)
         sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,9 +157,55 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _aside(path: Path) -> Path:
+    """Return the name of an unfinished file or folder: of this machine, this process, and this attempt."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.writing")
+
+
+def _rename_unless_there(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (folder / "done.json").exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_unfinished_of_the_dead(path: Path) -> None:
+    """Remove what processes of this machine that have ended left of `path`."""
+    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.writing"):
+        pid = left.name.rsplit(".", 3)[1]
+        if not (pid.isdecimal() and _runs(int(pid))):
+            _remove(left)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what lost workers left in the folder of a pass, whose slices are all complete."""
+    for left in folder.glob(".slice-*.writing"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, then rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.writing")
+    _remove_unfinished_of_the_dead(path)
+    temporary = _aside(path)
     try:
         write(temporary)
         sync(temporary)
