@@ -110,6 +110,14 @@ class LabelConfig(Section):
     """Latents written in one transaction; a crash costs at most these, or five seconds of them. Does not change the result."""
     publish_seconds: float = Field(default=120.0, gt=0)
     """Readers see new results so often. Does not change the result."""
+    hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """After so many hours no latent enters any more; what is in flight is finished, and the run can be taken up again, with as
+    many hours anew. Does not change the result."""
+    until: str | None = Field(default=None, pattern=r"^([01]?\d|2[0-3]):[0-5]\d$")
+    """The same at a time of day, for example `08:00`, the next one by the local clock when the run starts. Does not change the
+    result."""
+    confirm_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
+    """Ask before going on where labeling may take longer, by the upper limit of the estimate. Does not change the result."""
     floors: int = Field(default=100, ge=0)
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
     random_control: int = Field(default=0, ge=0)
@@ -137,7 +145,13 @@ class ModelsConfig(Section):
     budget_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """What the calls of this run may cost, in USD. Models that cost money are not called without one. Does not change the result."""
     no_budget: bool = False
-    """Spend without a limit, whatever the budget, also on models whose price is unknown. Does not change the result."""
+    """Spend USD without a limit, whatever the budget, also on models whose price is unknown. Does not change the result."""
+    budget_tokens: int | None = Field(default=None, ge=0)
+    """What the calls of this run may take in tokens, input and output together; beside a budget in USD, or for models that
+    cost none. Does not change the result."""
+    confirm_usd: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    """Ask before going on where the calls still to be paid for may cost more, by the upper limit of the estimate. Does not change
+    the result."""
     prices: str | None = None
     """Price table (TOML) laid over the one that ships with Exegete. Does not change the result."""
     concurrency: int = Field(default=256, ge=1)

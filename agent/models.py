@@ -1,54 +1,42 @@
 """The language models of a run: which are asked, what they may cost, and which calls never got an answer.
 
 1. `check_models` says what is wrong with specs, keys and prices before anything is loaded or paid for.
-2. `Models` opens each model once, however many instruments ask it, so that all share its pace; the journal and the budget
-   are the run's.
+2. `Models` opens each model once, however many instruments ask it, so that all share its pace; models of one server share
+   what that may be asked (calls in flight, requests and tokens per minute); the journal and the budget are the run's.
 3. What can never be answered (`Halted`) ends the run: no key, no such model, the budget used up, a full disk. A call that
-   failed for good is a reply with a status; `tallied` counts those of one latent, which a resumed run asks again.
+   failed for good is a reply with a status; `spending` counts those of one latent, which a resumed run asks again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exegete.agent.config import ModelsConfig
+from exegete.agent.spending import note
 from exegete.tools.errors import UserError
 
 if TYPE_CHECKING:
     from exegete.tools.embedders import Embedder
-    from exegete.tools.llm import BatchJournal, Budget, Client, Price, Prices, PromptScorer, Reply, Request, Spec
+    from exegete.tools.llm import (
+        Allowance,
+        BatchJournal,
+        Budget,
+        Client,
+        Price,
+        Prices,
+        PromptScorer,
+        Reply,
+        Request,
+        Spec,
+    )
 
 
 class Halted(UserError):
     """No call can succeed any more until the user has mended something; what is recorded stays."""
-
-
-@dataclass
-class Tally:
-    """What became of the calls about one latent."""
-
-    missing: int = 0
-    """Calls that failed for good at the provider, and may be asked again."""
-
-
-_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
-
-
-@contextmanager
-def tallied() -> Iterator[Tally]:
-    """Count the calls made in this context, and in the tasks that it starts."""
-    tally = Tally()
-    token = _tally.set(tally)
-    try:
-        yield tally
-    finally:
-        _tally.reset(token)
 
 
 def check_models(config: ModelsConfig) -> None:
@@ -84,7 +72,8 @@ def require_budget(
 ) -> None:
     """Raise UserError where calls may cost money (no price is known, or one above 0) and nobody has said how much."""
     free = price is not None and price.input == price.output == 0
-    if budget is None and not no_budget and not free:
+    unlimited = budget is None or budget.max_usd == math.inf
+    if unlimited and not no_budget and not free:
         raise UserError(f"{spec.name}: its calls may cost money; say how much, {option} USD, or give --no-budget")
 
 
@@ -99,7 +88,10 @@ def budget_of(config: ModelsConfig) -> Budget | None:
     """Return the budget that a configuration sets, with nothing spent; None where there is none."""
     from exegete.tools.llm import Budget
 
-    return None if config.no_budget or config.budget_usd is None else Budget(config.budget_usd)
+    max_usd = None if config.no_budget else config.budget_usd
+    if max_usd is None and config.budget_tokens is None:
+        return None
+    return Budget(max_usd, max_tokens=config.budget_tokens)
 
 
 class Models:
@@ -111,6 +103,7 @@ class Models:
         self._journal = journal
         self._budget = budget
         self._clients: dict[str, _Watched] = {}
+        self._allowances: dict[tuple[str, str], Allowance] = {}
         self._scorer: PromptScorer | None = None
         self._embedders: dict[str, Embedder] = {}
 
@@ -128,9 +121,22 @@ class Models:
                     limits=self._config.limits(),
                     batches=self._config.batch_limits(),
                     device=self._config.device,
+                    allowance=self._allowance(spec),
                 )
             )
         return self._clients[spec]
+
+    def _allowance(self, spec: str) -> Allowance | None:
+        """Return what the server of a model may be asked by all of its models together; None for a local model."""
+        from exegete.tools.llm import Allowance, parse_spec
+
+        parsed = parse_spec(spec)
+        if parsed.provider == "hf":
+            return None
+        server = (parsed.provider, parsed.base_url)
+        if server not in self._allowances:
+            self._allowances[server] = Allowance(self._config.limits())
+        return self._allowances[server]
 
     def scorer(self) -> PromptScorer:
         """Return the local model that gives log-probabilities. Raises UserError where it cannot be loaded."""
@@ -172,9 +178,7 @@ class _Watched:
             reply = await self._client.complete(request)
         except UserError as error:
             raise Halted(str(error)) from error
-        tally = _tally.get()
-        if tally is not None and reply.status in ("error", "unknown"):
-            tally.missing += 1
+        note(reply)
         return reply
 
     async def close(self) -> None:

@@ -233,11 +233,12 @@ def takes_up(config: RunConfig, run: str, dictionary: str) -> bool:
 
 _NOT_IDENTITY: Any = {
     "store": True,
-    "label": {"concurrency", "batch", "publish_seconds"},
+    "label": {"concurrency", "batch", "publish_seconds", "hours", "until", "confirm_hours"},
     "evidence": {"slices", "batch"},
     "models": {
         *("budget_usd", "no_budget", "prices", "concurrency", "requests_per_minute", "tokens_per_minute"),
         *("timeout_s", "patience_s", "attempts", "batch_linger_s", "batch_poll_s", "forsake_batches"),
+        *("budget_tokens", "confirm_usd"),
     },
 }
 

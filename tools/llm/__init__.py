@@ -23,11 +23,12 @@ from exegete.tools.llm.contract import (
 from exegete.tools.llm.batch_limits import BatchLimits
 from exegete.tools.llm.budget import Budget, BudgetUsedUp
 from exegete.tools.llm.opening import gives_logprobs, open_client, open_scorer
-from exegete.tools.llm.pacing import Limits
+from exegete.tools.llm.pacing import Allowance, Limits
 from exegete.tools.llm.prices import Price, Prices, load_prices
 from exegete.tools.llm.specs import Spec, parse_spec
 
 __all__ = [
+    "Allowance",
     "BatchJournal",
     "BatchLimits",
     "Budget",

@@ -80,6 +80,7 @@ class OpenBatch:
     """How schemas and log-probabilities were asked for (`Abilities`)."""
     worst_usd: dict[str, float] = field(default_factory=dict)
     """Set aside for each of its calls; empty for a batch of an earlier process."""
+    worst_tokens: dict[str, int] = field(default_factory=dict)
     sent_usd: float = 0.0
     """Set aside for a batch of an earlier process as a whole."""
     batch: str | None = None
@@ -121,13 +122,17 @@ class Parts:
         """How schemas and log-probabilities are asked for now."""
         return self.wire.abilities.way, self.wire.abilities.alternatives
 
-    def settle(self, batch: OpenBatch, call: str, usd: float) -> None:
+    def settle(self, batch: OpenBatch, call: str, usd: float, tokens: int = 0) -> None:
         """Turn what was set aside for a call into what it cost."""
         if self.budget is None:
             return
         if call not in batch.worst_usd:
             self.budget.reserve_sent(0.0)
-        self.budget.settle(batch.worst_usd.pop(call, 0.0), usd)
+        self.budget.settle(batch.worst_usd.pop(call, 0.0), usd, batch.worst_tokens.pop(call, 0), tokens)
+
+    def settle_worst(self, batch: OpenBatch, call: str) -> None:
+        """Count a call that may have been billed at its worst case."""
+        self.settle(batch, call, batch.worst_usd.get(call, 0.0), batch.worst_tokens.get(call, 0))
 
     async def persist(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """Return what `attempt` returns, tried again while that can help. Raises as `persist`."""

@@ -152,7 +152,7 @@ class Carrier:
         detail = f"{detail}; it is taken up when the run is resumed"
         for call in batch.calls.values():
             self._parts.desk.lost[call] = detail
-            self._parts.settle(batch, call, batch.worst_usd.get(call, 0.0))
+            self._parts.settle_worst(batch, call)
             self._parts.desk.expected.discard(call)
             self._parts.desk.resolve(call, Reply("error", detail=detail))
         batch.calls.clear()
@@ -164,7 +164,10 @@ class Carrier:
         self._gatherer.stop = error
         sent = batch.unsure or batch.batch is not None
         for call in batch.calls.values():
-            self._parts.settle(batch, call, batch.worst_usd.get(call, 0.0) if sent else 0.0)
+            if sent:
+                self._parts.settle_worst(batch, call)
+            else:
+                self._parts.settle(batch, call, 0.0)
             self._parts.desk.refuse(call, type(error)(str(error)))
         batch.calls.clear()
         if batch.written and not sent:

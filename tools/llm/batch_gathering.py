@@ -21,9 +21,13 @@ from exegete.tools.errors import UserError
 from exegete.tools.llm.batch_calls import OpenBatch, Parts, Waiting
 from exegete.tools.llm.batch_wire import Frame, custom_id, new_nonce
 from exegete.tools.llm.contract import Reply
+from exegete.tools.llm.prices import most_tokens
 
 _AT_ONCE = 100
 """Calls written before others get their turn."""
+
+Worst = tuple[float, int]
+"""What a call can take at most: USD and tokens."""
 
 
 class RequestFile:
@@ -35,6 +39,8 @@ class RequestFile:
         self.begun = time.monotonic()
         self.calls: dict[str, float] = {}
         """Call → worst case in USD."""
+        self.tokens: dict[str, int] = {}
+        """Call → worst case in tokens."""
         self._frame = frame
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  # it lives until the batch is made
             mode="wb", prefix=f"exegete-{self.nonce}-", suffix=".jsonl", dir=folder, delete=False
@@ -47,11 +53,11 @@ class RequestFile:
         """Return how many bytes the file would have with one more request."""
         return self._bytes + len(line) + (len(self._frame.between) if self.calls else 0)
 
-    def add(self, call: str, worst_usd: float, line: bytes) -> None:
+    def add(self, call: str, worst: Worst, line: bytes) -> None:
         """Write one more request."""
         self._bytes = self.size_with(line)
         self._file.write(self._frame.between + line if self.calls else line)
-        self.calls[call] = worst_usd
+        self.calls[call], self.tokens[call] = worst
 
     def finish(self) -> None:
         """Write the end. Raises UserError where the disk is full."""
@@ -108,9 +114,10 @@ class Gatherer:
         file, self._file = self._file, None
         if file is not None:
             file.remove()
-            for worst_usd in file.calls.values():
-                self._settle(worst_usd)
+            for worst in zip(file.calls.values(), file.tokens.values(), strict=True):
+                self._settle(worst)
             file.calls.clear()
+            file.tokens.clear()
 
     async def _pause(self) -> None:
         self._arrived.clear()
@@ -130,30 +137,31 @@ class Gatherer:
         self.check()
         price = self._parts.price
         worst_usd = 0.0 if price is None else price.worst_usd(waiting.request, batch=True)
-        await self._reserve(worst_usd)
+        worst = (worst_usd, most_tokens(waiting.request))
+        await self._reserve(worst)
         try:
-            self._write(waiting, worst_usd)
+            self._write(waiting, worst)
         except OSError as error:
-            self._settle(worst_usd)
+            self._settle(worst)
             raise self._spoiled(self._file, error) from None
 
-    async def _reserve(self, worst_usd: float) -> None:
+    async def _reserve(self, worst: Worst) -> None:
         budget = self._parts.budget
         if budget is None:
             return
-        if not budget.fits(worst_usd):
+        if not budget.fits(*worst):
             # What it waits for may be what is gathered.
             self._flush()
-        await budget.reserve(worst_usd)
+        await budget.reserve(*worst)
 
-    def _write(self, waiting: Waiting, worst_usd: float) -> None:
+    def _write(self, waiting: Waiting, worst: Worst) -> None:
         file, line = self._room(waiting)
         if file.size_with(line) > self.max_bytes:
-            self._settle(worst_usd)
+            self._settle(worst)
             detail = f"a request of {len(line)} bytes, but a batch holds {self.max_bytes}"
             self._parts.desk.resolve(waiting.call, Reply("rejected", detail=detail))
             return
-        file.add(waiting.call, worst_usd, line)
+        file.add(waiting.call, worst, line)
         waiting.submissions += 1
         if len(file.calls) >= self.max_requests or time.monotonic() - file.begun > self._parts.batches.gather_s:
             self._flush()
@@ -180,7 +188,7 @@ class Gatherer:
         except OSError as error:
             self._spoiled(file, error)
             return
-        batch = OpenBatch(file.nonce, len(file.calls), {}, file.asked, worst_usd=file.calls)
+        batch = OpenBatch(file.nonce, len(file.calls), {}, file.asked, worst_usd=file.calls, worst_tokens=file.tokens)
         self._let_go(batch.fill(list(file.calls)), file)
 
     def _spoiled(self, file: RequestFile | None, error: OSError) -> UserError:
@@ -194,6 +202,6 @@ class Gatherer:
                 self._parts.desk.refuse(call, refusal)
         return refusal
 
-    def _settle(self, worst_usd: float) -> None:
+    def _settle(self, worst: Worst) -> None:
         if self._parts.budget is not None:
-            self._parts.budget.settle(worst_usd, 0.0)
+            self._parts.budget.settle(worst[0], 0.0, worst[1])

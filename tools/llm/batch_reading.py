@@ -26,10 +26,13 @@ from exegete.tools.llm.batch_gathering import Gatherer
 from exegete.tools.llm.batch_wire import Result, State, read_result
 from exegete.tools.llm.contract import Reply, Usage
 from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained
+from exegete.tools.llm.journaled import tokens_taken
 from exegete.tools.llm.structured import validated
 
 _AT_ONCE = 200
 """Results that are written down together, before others get their turn."""
+_TAKEN = ("ok", "unparsed", "refused", "truncated", "filtered", "empty")
+"""Statuses of what a model has answered; the others took no tokens, or are settled already."""
 
 
 class Reader:
@@ -77,7 +80,8 @@ class Reader:
         """Nothing more will come of a batch: ask again what it left out, or say that it failed.
 
         Args:
-            batch: it; its calls are settled as not paid for.
+            batch: it; its calls are settled as not paid for, where the provider has not done them, and at their worst
+                case where it may have.
             counted: whether it counts as one of the batches into which a call may be put.
             last: whether its calls are not asked again in any case.
             wait_s: before they are asked again.
@@ -88,7 +92,7 @@ class Reader:
         again: list[Waiting] = []
         failed: dict[str, Reply] = {}
         for name, call in batch.calls.items():
-            self._parts.settle(batch, call, 0.0)
+            self._let_go(batch, call)
             self._parts.desk.expected.discard(call)
             waiting = self._parts.desk.waiting.get(call)
             if waiting is None:
@@ -101,7 +105,9 @@ class Reader:
             elif waiting.looked_up:
                 again.append(waiting)
         if self._parts.budget is not None and batch.sent_usd:
-            self._parts.budget.settle(batch.sent_usd, 0.0)
+            # Of an earlier process only the sum is known: where any of its calls may have been billed, all of it counts.
+            billed = any(_may_be_billed(batch, call) for call in batch.calls.values())
+            self._parts.budget.settle(batch.sent_usd, batch.sent_usd if billed else 0.0)
         await self._answer(batch, failed)
         batch.calls.clear()
         await asyncio.sleep(wait_s)
@@ -132,7 +138,8 @@ class Reader:
         for name, reply in replies.items():
             call = batch.calls.pop(name)
             batch.missing.pop(call, None)
-            self._parts.settle(batch, call, reply.usd)
+            tokens = tokens_taken(reply.usage, batch.worst_tokens.get(call, 0) if reply.status in _TAKEN else 0)
+            self._parts.settle(batch, call, reply.usd, tokens)
             self._parts.desk.expected.discard(call)
             self._parts.desk.resolve(call, reply)
 
@@ -158,7 +165,13 @@ class Reader:
     async def _lost(self, batch: OpenBatch, call: str) -> None:
         worst_usd = batch.worst_usd.get(call, 0.0)
         await self._parts.journal.intend(f"{call}/lost-{uuid.uuid4().hex[:12]}", self._parts.wire.name, worst_usd)
-        self._parts.settle(batch, call, worst_usd)
+        self._parts.settle_worst(batch, call)
+
+    def _let_go(self, batch: OpenBatch, call: str) -> None:
+        if _may_be_billed(batch, call):
+            self._parts.settle_worst(batch, call)
+        else:
+            self._parts.settle(batch, call, 0.0)
 
     def _paid(self, batch: OpenBatch, call: str, reply: Reply) -> Reply:
         """Return an answer with its price, held against the schema where that is known."""
@@ -175,6 +188,11 @@ class Reader:
         if waiting is None:
             return reply
         return replace(reply, seconds=time.perf_counter() - waiting.begun, attempts=max(1, waiting.submissions))
+
+
+def _may_be_billed(batch: OpenBatch, call: str) -> bool:
+    """Return whether a call without a reply may cost something, as the journal takes it when the batch lands."""
+    return batch.written and batch.batch is not None and call not in batch.missing
 
 
 def _lines(file: BinaryIO) -> Iterable[list[bytes]]:

@@ -24,8 +24,8 @@ from exegete.tools.errors import UserError
 from exegete.tools.llm.budget import Budget
 from exegete.tools.llm.contract import Journal, Reply, Request, Usage
 from exegete.tools.llm.faults import Declined, Transient
-from exegete.tools.llm.pacing import Limits, Pacer, Slot
-from exegete.tools.llm.prices import Price, most_input_tokens
+from exegete.tools.llm.pacing import Allowance, Limits, Pacer, Slot
+from exegete.tools.llm.prices import Price, most_input_tokens, most_tokens
 from exegete.tools.llm.retrying import persist
 from exegete.tools.llm.structured import repair_request, schema_value, validated
 from exegete.tools.llm.wire import Abilities, Wire
@@ -48,11 +48,12 @@ class JournaledClient:
         price: Price | None,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
+        allowance: Allowance | None = None,
     ) -> None:
         self.name = wire.name
         self.price = price
         """None where no price is known: every `Reply.usd` is 0 then, and no budget can be kept."""
-        self.pacer = Pacer(limits, clock)
+        self.pacer = Pacer(limits, clock, allowance)
         self._wire = wire
         self._journal = journal
         self._budget = budget
@@ -134,19 +135,20 @@ class JournaledClient:
 
     async def _attempt(self, sending: _Call) -> Reply:
         slot = await self._turn(sending)
-        cost = sending.worst_usd
+        cost, tokens = sending.worst_usd, sending.worst_tokens
         try:
             await self._intend(sending)
             sending.attempts += 1
             reply = validated(await self._wire.send(sending.request), sending.request.schema)
             cost = sending.usd = self._cost(reply, sending.worst_usd)
+            tokens = tokens_taken(reply.usage, sending.worst_tokens)
         except Transient as fault:
-            cost = sending.worst_usd if fault.sent else 0.0
+            cost, tokens = (sending.worst_usd, sending.worst_tokens) if fault.sent else (0.0, 0)
             await self._lost(sending, fault, slot)
             self._sending.discard(sending.call)
             raise
         except (Declined, UserError) as fault:
-            cost = 0.0
+            cost, tokens = 0.0, 0
             self.pacer.failed(slot)
             self._stop = fault if isinstance(fault, UserError) else self._stop
             raise
@@ -155,7 +157,7 @@ class JournaledClient:
             raise
         finally:
             if self._budget is not None:
-                self._budget.settle(sending.worst_usd, cost)
+                self._budget.settle(sending.worst_usd, cost, sending.worst_tokens, tokens)
         self.pacer.answered(slot, reply.usage.input_tokens + reply.usage.output_tokens or slot.tokens)
         return reply
 
@@ -166,7 +168,7 @@ class JournaledClient:
         try:
             self._check_stop()
             if self._budget is not None:
-                await self._budget.reserve(sending.worst_usd)
+                await self._budget.reserve(sending.worst_usd, sending.worst_tokens)
         except BaseException:
             self.pacer.failed(slot)
             raise
@@ -203,17 +205,23 @@ class JournaledClient:
 class _Call:
     """One request on its way."""
 
-    __slots__ = ("attempts", "call", "intended", "request", "tokens", "usd", "worst_usd")
+    __slots__ = ("attempts", "call", "intended", "request", "tokens", "usd", "worst_tokens", "worst_usd")
 
     def __init__(self, call: str, request: Request, worst_usd: float) -> None:
         self.call = call
         self.request = request
         self.worst_usd = worst_usd
+        self.worst_tokens = most_tokens(request)
         self.usd = 0.0
         """What it cost, once it is answered."""
         self.tokens = _TOKENS_PER_BYTE * most_input_tokens(request)
         self.attempts = 0
         self.intended = False
+
+
+def tokens_taken(usage: Usage, worst_tokens: int) -> int:
+    """Return the tokens that a call took; at most those of its worst case where the server counts nothing."""
+    return worst_tokens if usage == Usage() else usage.input_tokens + usage.output_tokens
 
 
 def check_request(request: Request) -> None:

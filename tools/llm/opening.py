@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from exegete.tools.errors import UserError
 from exegete.tools.llm.batch_limits import BatchLimits
 from exegete.tools.llm.batch_wire import BatchWire
@@ -9,7 +11,7 @@ from exegete.tools.llm.batches import BatchClient
 from exegete.tools.llm.budget import Budget
 from exegete.tools.llm.contract import BatchJournal, Client, Journal, Message, PromptScorer, Request
 from exegete.tools.llm.journaled import JournaledClient
-from exegete.tools.llm.pacing import Limits
+from exegete.tools.llm.pacing import Allowance, Limits
 from exegete.tools.llm.prices import Price, Prices, load_prices
 from exegete.tools.llm.specs import Spec, parse_spec
 from exegete.tools.llm.wire import Wire
@@ -24,6 +26,7 @@ def open_client(
     limits: Limits | None = None,
     batches: BatchLimits | None = None,
     device: str = "cpu",
+    allowance: Allowance | None = None,
 ) -> JournaledClient | BatchClient:
     """Return a client for the model that `spec` names. Nothing is sent yet.
 
@@ -37,6 +40,7 @@ def open_client(
         limits: concurrency, rates and timeouts.
         batches: how batches are gathered and watched.
         device: torch device of an `hf:` model.
+        allowance: the server's limits, shared with other clients of it; batches have none.
 
     Raises:
         UserError: the provider is unknown, the key is missing (its variable is named), the budget needs a price that
@@ -50,13 +54,14 @@ def open_client(
         batches = batches or BatchLimits()
         wire = _batch_wire(parsed, limits, batches)
         return BatchClient(wire, journal=journal, budget=budget, price=price, limits=limits, batches=batches)
-    return JournaledClient(_wire(parsed, limits, device), journal=journal, budget=budget, price=price, limits=limits)
+    live = _wire(parsed, limits, device)
+    return JournaledClient(live, journal=journal, budget=budget, price=price, limits=limits, allowance=allowance)
 
 
 def price_for(spec: Spec, budget: Budget | None, prices: Prices | None) -> Price | None:
-    """Return the price of a model. Raises UserError where there is a budget and no price is known."""
+    """Return the price of a model. Raises UserError where there is a budget in USD and no price is known."""
     prices = prices or load_prices()
-    return prices.find(spec) if budget is None else prices.require(spec)
+    return prices.find(spec) if budget is None or budget.max_usd == math.inf else prices.require(spec)
 
 
 def open_scorer(spec: str, *, device: str = "cpu") -> PromptScorer:

@@ -14,7 +14,9 @@
 4. Where nothing has been answered for a second, a Retry-After holds for everybody, not only for the call that got it.
 5. *Given limits*, per minute, are buckets that hold a tenth of a minute's worth and may go into debt, so that one call
    larger than the bucket still passes. Tokens are estimated before a call and corrected by its usage.
-6. Whoever waits goes in order of arrival.
+6. Given limits are the server's, so the clients of one server may share them (`Allowance`), calls in flight included; what
+   a server takes of one model is found out for each model.
+7. Whoever waits goes in order of arrival, among the clients of one server in turn.
 """
 
 from __future__ import annotations
@@ -95,12 +97,48 @@ class Slot:
     sent: float
 
 
-class Pacer:
-    """Gives leave to send, in order of arrival, as fast as limits and server allow."""
+class Allowance:
+    """What one server may be asked by all clients of one event loop together: calls in flight, and per minute."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        now = clock()
+        self.limits = limits
+        self.requests = Bucket(limits.requests_per_minute, now)
+        self.tokens = Bucket(limits.tokens_per_minute, now)
+        self.in_flight = 0
+        self._pacers: deque[Pacer] = deque()
+
+    def join(self, pacer: Pacer) -> None:
+        """Have `pacer` look again whenever one of the others has come back."""
+        self._pacers.append(pacer)
+
+    def wait_s(self, now: float) -> float:
+        """Return the seconds until the next call may go; infinite while too many are in flight."""
+        if self.in_flight >= self.limits.concurrency:
+            return math.inf
+        return max(self.requests.wait_s(now), self.tokens.wait_s(now))
+
+    def back(self) -> None:
+        """A call has come back: whoever had no turn for longest goes first."""
+        self.in_flight -= 1
+        self._pacers.rotate(-1)
+        for pacer in self._pacers:
+            pacer.look_again()
+
+
+class Pacer:
+    """Gives leave to send, in order of arrival, as fast as limits and server allow.
+
+    `allowance`: the limits that are shared with other clients of the same server; its own where left out.
+    """
+
+    def __init__(
+        self, limits: Limits, clock: Callable[[], float] = time.monotonic, allowance: Allowance | None = None
+    ) -> None:
         self._clock = clock
         now = clock()
+        self._allowance = allowance or Allowance(limits, clock)
+        self._allowance.join(self)
         self._most = float(limits.concurrency)
         self.window = min(_START_WINDOW, self._most)
         self._threshold = self._most
@@ -113,8 +151,6 @@ class Pacer:
         self._counted_at = now
         self._started = now
         self._answered = now
-        self._requests = Bucket(limits.requests_per_minute, now)
-        self._tokens = Bucket(limits.tokens_per_minute, now)
         self.in_flight = 0
         self._waiting: deque[tuple[asyncio.Future[Slot], float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -139,7 +175,7 @@ class Pacer:
         self._decay(now)
         self._goodput += 1.0
         self._answered = now
-        self._tokens.take(tokens - slot.tokens)
+        self._allowance.tokens.take(tokens - slot.tokens)
         if self.window < self._most and self.in_flight >= self.window - 1:
             step = 1.0 if self.window < self._threshold else (1 + (now - self._slowed) ** 2 / 25) / self.window
             self.window = min(self._most, self.window + min(1.0, step))
@@ -157,7 +193,7 @@ class Pacer:
             self._slow_down(now)
         if retry_after_s and now - self._answered > _GOODPUT_SECONDS:
             self._paused_until = max(self._paused_until, now + retry_after_s)
-        self._tokens.take(-slot.tokens)
+        self._allowance.tokens.take(-slot.tokens)
         self._back()
 
     def failed(self, slot: Slot) -> None:
@@ -189,6 +225,10 @@ class Pacer:
 
     def _back(self) -> None:
         self.in_flight -= 1
+        self._allowance.back()
+
+    def look_again(self) -> None:
+        """Give leave to those that need not wait any longer."""
         if self._waiting:
             self._release()
 
@@ -198,14 +238,14 @@ class Pacer:
         return max(
             self._paused_until - now,
             self._next - now if self._base_rate != math.inf else 0.0,
-            self._requests.wait_s(now),
-            self._tokens.wait_s(now),
+            self._allowance.wait_s(now),
         )
 
     def _grant(self, tokens: float, now: float) -> Slot:
         self.in_flight += 1
-        self._requests.take(1)
-        self._tokens.take(tokens)
+        self._allowance.in_flight += 1
+        self._allowance.requests.take(1)
+        self._allowance.tokens.take(tokens)
         if (rate := self.rate(now)) != math.inf:
             # Timers come late; what they miss may be caught up with, but not in bursts that a server would refuse.
             self._next = max(self._next, now - 0.02) + 1 / rate

@@ -75,6 +75,11 @@ def most_input_tokens(request: Request) -> int:
     return size + 2 * len((request.schema or "").encode()) + _TOKENS_PER_MESSAGE * len(request.messages) + _TOKENS_ADDED
 
 
+def most_tokens(request: Request) -> int:
+    """Return the number of tokens, input and output together, that one sending of `request` can take at most."""
+    return most_input_tokens(request) + request.max_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Prices:
     """Price tables: the user's own, and the one that ships with Exegete."""

@@ -75,6 +75,10 @@ class StoreJournal:
         """
         return self._do(lambda file: file.spent_usd(run, after))
 
+    def spent_tokens(self, run: str, after: int = 0) -> tuple[int, int, int]:
+        """Return the tokens of those calls, how many of them are unknown (and have none), and the most that one has taken."""
+        return self._do(lambda file: file.spent_tokens(run, after))
+
     def account(self, after: int, limit: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """Return rows settled after a number, `limit` at most, and the rows in flight (see `JournalFile.account`)."""
         return self._do(lambda file: file.account(after, limit))

@@ -60,6 +60,12 @@ CALL_COLUMNS = (
 """Columns of a row of the account."""
 SPENT_USD = "coalesce(sum(CASE status WHEN 'unknown' THEN worst_usd ELSE usd END), 0.0)"
 """What rows of the account have cost: what was answered, and what is unknown at most."""
+SPENT_TOKENS = (
+    "coalesce(sum(coalesce(input_tokens, 0) + coalesce(output_tokens, 0)), 0), "
+    "coalesce(sum(CASE status WHEN 'unknown' THEN 1 ELSE 0 END), 0), "
+    "coalesce(max(coalesce(input_tokens, 0) + coalesce(output_tokens, 0)), 0)"
+)
+"""Tokens that rows of the account have taken, how many of them are unknown, and the most that one has taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,12 @@ class JournalFile:
         """Return what a run's answered calls cost, and its unknown ones at most: of those settled after number `after`."""
         query = f"SELECT {SPENT_USD} FROM calls WHERE run = ? AND settled > ?"
         return float(self._value(query, run, after))
+
+    def spent_tokens(self, run: str, after: int = 0) -> tuple[int, int, int]:
+        """Return `SPENT_TOKENS` of the calls of a run settled after number `after`."""
+        query = f"SELECT {SPENT_TOKENS} FROM calls WHERE run = ? AND settled > ?"
+        taken, unknown, most = self._connection.execute(query, [run, after]).fetchone()
+        return int(taken), int(unknown), int(most)
 
     def account(self, after: int, limit: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """Return at most `limit` rows settled after number `after`, and all rows in flight, each behind its number."""

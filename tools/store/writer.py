@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
 from exegete.tools.store import call_rows, publishing, rows
-from exegete.tools.store.journal_file import JOURNAL, SPENT_USD
+from exegete.tools.store.journal_file import JOURNAL, SPENT_TOKENS, SPENT_USD
 from exegete.tools.store.parts import SUPERSEDED, superseded_parts, write_part
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
@@ -136,19 +136,34 @@ class Writer:
             UserError: the journal cannot be opened, or a part of calls is damaged.
         """
         with self._lock:
-            found = self._connection.execute("SELECT part FROM data.call_parts").fetchall()
             since = self.journal.spent_usd(run, after=self._exported())
-            if not found:
-                return since
-            parts = [str(self._folder / "calls" / part) for (part,) in found]
-            query = f"SELECT {SPENT_USD} FROM read_parquet(?) WHERE run = ?"
-            try:
-                ((before,),) = self._connection.execute(query, [parts, run]).fetchall()
-            except (duckdb.IOException, duckdb.InvalidInputException) as error:
-                raise UserError(
-                    f"a part of calls in the store {str(self._folder)!r} is damaged ({str(error).splitlines()[0]}); restore it"
-                ) from error
-        return since + float(before)
+            before = self._of_exported_calls(SPENT_USD, run)
+        return since + (float(before[0]) if before else 0.0)
+
+    def spent_tokens(self, run: str) -> int:
+        """Return the tokens that the calls of a run have taken, input and output together; as `spent_usd`.
+
+        What was sent without a reply being written down left no count: each such call is taken for the largest of the run.
+        """
+        with self._lock:
+            found = [self.journal.spent_tokens(run, after=self._exported())]
+            found += [before] if (before := self._of_exported_calls(SPENT_TOKENS, run)) else []
+        taken, unknown, most = zip(*found, strict=True)
+        return int(sum(taken) + sum(unknown) * max(most))
+
+    def _of_exported_calls(self, aggregates: str, run: str) -> tuple[Any, ...] | None:
+        """Return aggregates over the calls of a run that readers can see; None where they can see none of any run."""
+        parts = self._connection.execute("SELECT part FROM data.call_parts").fetchall()
+        if not parts:
+            return None
+        query = f"SELECT {aggregates} FROM read_parquet(?) WHERE run = ?"
+        try:
+            paths = [str(self._folder / "calls" / part) for (part,) in parts]
+            return self._connection.execute(query, [paths, run]).fetchone()
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise UserError(
+                f"a part of calls in the store {str(self._folder)!r} is damaged ({str(error).splitlines()[0]}); restore it"
+            ) from error
 
     def runs(self) -> list[RunRecord]:
         """Return all runs, the one begun last first."""

@@ -12,7 +12,7 @@ import pytest
 from exegete.tools.llm.contract import MemoryJournal, Message, Reply, Request
 from exegete.tools.llm.faults import Transient
 from exegete.tools.llm.journaled import JournaledClient
-from exegete.tools.llm.pacing import Bucket, Limits, Pacer
+from exegete.tools.llm.pacing import Allowance, Bucket, Limits, Pacer
 
 
 class Clock:
@@ -191,6 +191,46 @@ def test_order_of_arrival_and_leaving_the_queue() -> None:
     clock.loop.run_until_complete(ask())
     clock.loop.close()
     assert order == [0, 1, 3, 4] and pacer.in_flight == 0
+
+
+def shared_load(limits: Limits, seconds: float) -> tuple[list[tuple[float, int]], int]:
+    """Have 20 callers each ask two models of one server; return (time, model) by request, and the most in flight at once."""
+    clock = Clock()
+    allowance = Allowance(limits, clock)
+    pacers = [Pacer(limits, clock, allowance) for _ in range(2)]
+    seen: list[tuple[float, int]] = []
+    most = 0
+
+    async def caller(model: int) -> None:
+        nonlocal most
+        while clock() < seconds:
+            slot = await pacers[model].slot(100)
+            seen.append((clock(), model))
+            most = max(most, pacers[0].in_flight + pacers[1].in_flight)
+            await asyncio.sleep(0.05)
+            pacers[model].answered(slot, 100)
+
+    async def callers() -> None:
+        await asyncio.gather(*(caller(model) for model in (0, 1) for _ in range(20)))
+
+    clock.loop.run_until_complete(callers())
+    clock.loop.close()
+    assert allowance.in_flight == 0
+    return seen, most
+
+
+@pytest.mark.parametrize("limits", [Limits(requests_per_minute=600), Limits(tokens_per_minute=60_000)])
+def test_models_of_one_server_share_its_limits(limits: Limits) -> None:
+    seen, _ = shared_load(limits, 30)
+    # As many as one model alone would get, and each model its part of them.
+    assert sum(at < 30 for at, _ in seen) == pytest.approx(60 + 300, abs=10)
+    assert min(sum(model == own for _, model in seen) for own in (0, 1)) > 100
+
+
+def test_models_of_one_server_share_its_calls_in_flight() -> None:
+    seen, most = shared_load(Limits(concurrency=6), 10)
+    assert most == 6
+    assert [sum(model == own for _, model in seen) for own in (0, 1)] == pytest.approx([600, 600], abs=60)
 
 
 class Sparing:
