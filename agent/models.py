@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exegete.agent.config import ModelsConfig
+from exegete.agent.vitals import Vitals
 from exegete.tools.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,9 +122,16 @@ def budget_of(config: ModelsConfig) -> Budget | None:
 class Models:
     """Clients, scorer and embedder of a run, each opened when it is first asked for."""
 
-    def __init__(self, config: ModelsConfig, journal: Callable[[], BatchJournal], budget: Budget | None) -> None:
-        """Write calls to what `journal` opens and pay from `budget` (None: without a limit)."""
+    def __init__(
+        self,
+        config: ModelsConfig,
+        journal: Callable[[], BatchJournal],
+        budget: Budget | None,
+        vitals: Vitals | None = None,
+    ) -> None:
+        """Write calls to what `journal` opens, pay from `budget` (None: without a limit) and count calls in `vitals`."""
         self._config = config
+        self._vitals = vitals or Vitals()
         self._journal = journal
         self._budget = budget
         self._clients: dict[str, _Watched] = {}
@@ -146,7 +154,8 @@ class Models:
                     batches=self._config.batch_limits(),
                     device=self._config.device,
                     allowance=self._allowance(spec),
-                )
+                ),
+                self._vitals,
             )
         return self._clients[spec]
 
@@ -191,17 +200,22 @@ class Models:
 
 
 class _Watched:
-    """A client whose lost calls are counted for the latent they are about."""
+    """A client whose calls are counted, and those that are lost for the latent they are about."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, vitals: Vitals) -> None:
         self.name = client.name
         self._client = client
+        self._vitals = vitals
 
     async def complete(self, request: Request) -> Reply:
+        reply: Reply | None = None
+        self._vitals.call_out(self.name)
         try:
             reply = await self._client.complete(request)
         except UserError as error:
             raise Halted(str(error)) from error
+        finally:
+            self._vitals.call_in(self.name, reply)
         tally = _tally.get()
         if tally is not None and reply.status in ("error", "unknown"):
             tally.missing += 1
