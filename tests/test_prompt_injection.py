@@ -23,6 +23,7 @@ from exegete.tools.explainers import Explanation
 from exegete.tools.explainers.asking import shown
 from exegete.tools.explainers.clusters import Hypothesis
 from exegete.tools.explainers.output import ShownEffects, _changes, _listed
+from exegete.tools.explainers.refining import Counterexample, Mistakes, revision_prompt
 from exegete.tools.llm import Limits, Message, Reply, Request, parse_spec
 from exegete.tools.llm.structured import in_words, repair_request
 from exegete.tools.prompting import line, prompt_names, render, spoken, window_line
@@ -73,6 +74,13 @@ def effects(text: str) -> ShownEffects:
     return ShownEffects(listed, listed, 1, 1, True, changes, changes, window_line(["0.9"]))
 
 
+def mistakes(text: str) -> Mistakes:
+    own = window(text)
+    silent = Window(1, tokens(text), None, False, "refine", "random")
+    claimed = (Counterexample(silent, "detection", None), Counterexample(own, "fuzzing", (0,)))
+    return Mistakes((Counterexample(own, "detection", None),), claimed, misses=1, claims=2, firing=4, silent=4)
+
+
 def said(text: str) -> Explanation:
     return Explanation(text, text, explainer="model")
 
@@ -89,6 +97,7 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     "output": lambda t: render("output", effects=effects(t)).messages,
     "output_choice": lambda t: output._question(said(t), (t, " b", t), (t, t)).messages,
     "rating": lambda t: render("rating", explanation=line(t), windows=[window_line(tokens(t))]).messages,
+    "refine": lambda t: revision_prompt(said(t), [window(t)], mistakes(t)).messages,
     "repair": lambda t: repair_request(Request((Message("user", "Q"),), "{}"), Reply("unparsed", t, detail=t)).messages,
     "schema": lambda t: in_words(Request((Message("user", "Q"),), json.dumps({"title": t}))).messages,
     "simulation": lambda t: render(

@@ -33,8 +33,8 @@ _SHOWN_AS = str.maketrans({"‹": "<", "›": ">", "ˋ": "`", "⏎": "\\n", "→
 """A model that has seen `‹br›⏎` in a prompt means `<br>\\n`; in a predicate that makes a difference."""
 
 
-class ModelExplainer(ABC):
-    """Asks a language model once for an explanation, or several times for different ones."""
+class Asker:
+    """Asks a language model for an explanation and reads its answer."""
 
     name: str
 
@@ -57,19 +57,6 @@ class ModelExplainer(ABC):
         self.client = client
         self.windows = windows
         self._options = {"temperature": temperature, "max_tokens": max_tokens}
-
-    async def explain(self, evidence: LatentEvidence, seed: int) -> Explanation | None:
-        """Return the explanation, or None where nothing fires or the model sees no pattern.
-
-        Raises:
-            NotExplained: the model gave no usable answer.
-            UserError: the client cannot be asked at all.
-        """
-        return await self.candidate(evidence, seed, 0)
-
-    @abstractmethod
-    async def candidate(self, evidence: LatentEvidence, seed: int, sample: int) -> Explanation | None:
-        """Return the explanation number `sample` of several, each asked for anew; raises as `explain`."""
 
     async def ask(self, prompt: Rendered, schema: str, sample: int) -> dict[str, Any]:
         """Return the parsed answer to `prompt`.
@@ -96,6 +83,23 @@ class ModelExplainer(ABC):
         predicate, dropped = checked_predicate(answer.get("predicate"))
         noted = {**parameters, **self._options, **({"predicate_dropped": dropped} if dropped else {})}
         return Explanation(" ".join(text.split()), predicate, self.name, self.client.name, prompt_digest, noted)
+
+
+class ModelExplainer(Asker, ABC):
+    """Asks a language model once for an explanation, or several times for different ones."""
+
+    async def explain(self, evidence: LatentEvidence, seed: int) -> Explanation | None:
+        """Return the explanation, or None where nothing fires or the model sees no pattern.
+
+        Raises:
+            NotExplained: the model gave no usable answer.
+            UserError: the client cannot be asked at all.
+        """
+        return await self.candidate(evidence, seed, 0)
+
+    @abstractmethod
+    async def candidate(self, evidence: LatentEvidence, seed: int, sample: int) -> Explanation | None:
+        """Return the explanation number `sample` of several, each asked for anew; raises as `explain`."""
 
 
 @dataclass(frozen=True, slots=True)
