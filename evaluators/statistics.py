@@ -28,6 +28,8 @@ from exegete.evaluators.clustering import Floats as Floats
 from exegete.evaluators.clustering import Ints as Ints
 
 Z_95 = 1.959963984540054
+MANY_LATENTS = 20_000
+"""Beyond so many latents the mean's interval is the normal one, which a bootstrap equals there to a hundredth of its width."""
 Area = Literal["auroc", "auprc"]
 
 
@@ -188,7 +190,8 @@ def paired_interval(first: Floats, second: Floats, rng: np.random.Generator, sam
 def difference_interval(first: Floats, second: Floats, rng: np.random.Generator, samples: int = 10_000) -> Interval:
     """Return the difference of the means of two sets of latents, shapes (latents,) and (others,), drawn apart from each other.
 
-    The interval is a percentile bootstrap over both; undefined where one is empty.
+    The interval is a percentile bootstrap over both; undefined where one is empty. The means of a set of more than
+    `MANY_LATENTS` are drawn from the normal distribution that its resampled means have.
     """
     if not len(first) or not len(second):
         return UNDEFINED
@@ -198,9 +201,16 @@ def difference_interval(first: Floats, second: Floats, rng: np.random.Generator,
 
 
 def mean_interval(values: Floats, rng: np.random.Generator, samples: int = 10_000) -> Interval:
-    """Return the mean over latents, shape (latents,), with a percentile bootstrap interval; undefined where empty."""
+    """Return the mean over latents, shape (latents,), with its interval; undefined where empty.
+
+    A percentile bootstrap (Efron 1979) up to `MANY_LATENTS`. Beyond, where 10,000 resamples of all latents would take hours,
+    mean ± 1.96 s / √n with s the standard deviation over n: what the bootstrap converges to, by the central limit theorem.
+    """
     if not len(values):
         return UNDEFINED
+    if len(values) > MANY_LATENTS:
+        mean, half = float(values.mean()), Z_95 * _error_of_mean(values)
+        return Interval(mean, mean - half, mean + half)
     low, high = np.quantile(_resampled_means(values, rng, samples), [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -208,8 +218,14 @@ def mean_interval(values: Floats, rng: np.random.Generator, samples: int = 10_00
 def _resampled_means(values: Floats, rng: np.random.Generator, samples: int) -> Floats:
     """Return the means of `samples` bootstrap samples of `values`, which is not empty; shape (samples,)."""
     n = len(values)
+    if n > MANY_LATENTS:
+        return rng.normal(values.mean(), _error_of_mean(values), samples)
     block = max(1, 2_000_000 // n)
     means = [
         values[rng.integers(n, size=(min(block, samples - at), n))].mean(axis=1) for at in range(0, samples, block)
     ]
     return np.concatenate(means)
+
+
+def _error_of_mean(values: Floats) -> float:
+    return float(values.std()) / math.sqrt(len(values))

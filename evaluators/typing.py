@@ -16,6 +16,8 @@
 5. A latent is significant on an evaluator when it is discovered there *and* its own lower bound exceeds the bar, and on a
    side when it is on one of the side's evaluators. `input`, `output` and `both` say on which sides, `unexplained` that on
    none. (`rare`, `dense` and `dead` are statuses of the evidence, not found here.)
+
+Scores of a million latents come as arrays (`Scores`), and so do their types (`Typed`).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from exegete.evaluators.statistics import Z_95, Bools, Floats
+from exegete.evaluators.statistics import Z_95, Bools, Floats, Ints
 
 INPUT_EVALUATORS = ("detection", "fuzzing")
 """Say whether the explanation tells what the latent fires on; by balanced accuracy."""
@@ -36,7 +39,8 @@ OUTPUT_EVALUATORS = ("intervention",)
 FALSE_DISCOVERY_RATE = 0.05
 BAR_QUANTILE = 0.95
 
-_TYPES = {(True, False): "input", (False, True): "output", (True, True): "both", (False, False): "unexplained"}
+_TYPES = np.array(["unexplained", "input", "output", "both"])
+"""At 1 for the input + 2 for the output."""
 
 
 class Scored(NamedTuple):
@@ -47,6 +51,25 @@ class Scored(NamedTuple):
     low: float | None
 
 
+class Scores(NamedTuple):
+    """The figures of many latents on an evaluator, each shape (rows,); NaN where there is none."""
+
+    latents: Ints
+    values: Floats
+    lows: Floats
+
+
+class Typed(NamedTuple):
+    """The types of latents, ascending, each shape (latents,)."""
+
+    latents: Ints
+    types: NDArray[np.str_]
+
+    def as_dict(self) -> dict[int, str]:
+        """Return latent → type."""
+        return dict(zip(self.latents.tolist(), self.types.tolist(), strict=True))
+
+
 def types(
     scores: Mapping[str, Sequence[Scored]],
     floors: Mapping[str, Sequence[float]],
@@ -55,7 +78,20 @@ def types(
     input_side: Sequence[str] = INPUT_EVALUATORS,
     output_side: Sequence[str] = OUTPUT_EVALUATORS,
 ) -> dict[int, str]:
-    """Return latent → "input", "output", "both" or "unexplained", ascending by latent.
+    """Return latent → type, ascending by latent: `typed_latents` of rows, for few latents."""
+    columns = {name: _columns(rows) for name, rows in scores.items()}
+    return typed_latents(columns, floors, controls=controls, input_side=input_side, output_side=output_side).as_dict()
+
+
+def typed_latents(
+    scores: Mapping[str, Scores],
+    floors: Mapping[str, Iterable[float]],
+    *,
+    controls: Sequence[Mapping[str, Sequence[float]]] = (),
+    input_side: Sequence[str] = INPUT_EVALUATORS,
+    output_side: Sequence[str] = OUTPUT_EVALUATORS,
+) -> Typed:
+    """Return the types of latents: "input", "output", "both" or "unexplained".
 
     A latent without a figure on any evaluator that counts is left out: it was not measured, which is not the same as not
     explained. A figure without an interval proves nothing.
@@ -70,15 +106,18 @@ def types(
         input_side: evaluators that speak for the input.
         output_side: evaluators that speak for the output.
     """
-    deciding = {name for name in (*input_side, *output_side) if any(_finite(row.value) for row in scores.get(name, ()))}
-    level = 1 - (1 - BAR_QUANTILE) / max(len(deciding), 1)
-    on_input, on_output = (
-        _significant_latents(scores, floors, controls, level, side) for side in (input_side, output_side)
-    )
-    return {
-        latent: _TYPES[on_input.get(latent, False), on_output.get(latent, False)]
-        for latent in sorted(on_input | on_output)
-    }
+    measured = {name: _finite(scores[name]) for name in (*input_side, *output_side) if name in scores}
+    measured = {name: rows for name, rows in measured.items() if len(rows.latents)}
+    level = 1 - (1 - BAR_QUANTILE) / max(len(measured), 1)
+    latents = np.unique(np.concatenate([np.zeros(0, np.int64), *(rows.latents for rows in measured.values())]))
+    sides: NDArray[np.int64] = np.zeros((2, len(latents)), dtype=np.int64)
+    for on, side in zip(sides, (input_side, output_side), strict=True):
+        for name in side:
+            if rows := measured.get(name):
+                others = [control.get(name, ()) for control in controls]
+                found = _significant(rows, floors.get(name, ()), others, level)
+                on[np.searchsorted(latents, rows.latents[found])] = 1
+    return Typed(latents, _TYPES[sides[0] + 2 * sides[1]])
 
 
 def significant(
@@ -92,12 +131,7 @@ def significant(
 
     The bar is the highest of the 95th percentile of `floor` and the percentiles of `controls` at `level`.
     """
-    if not rows:
-        return np.zeros(0, dtype=np.bool_)
-    highest = max(bar(floor), *(bar(control, level) for control in controls), -math.inf)
-    p_values = np.array([_p_value(row, highest) for row in rows], dtype=np.float64)
-    above: Bools = np.array([_above(row, highest) for row in rows], dtype=np.bool_)
-    return benjamini_hochberg(p_values, FALSE_DISCOVERY_RATE) & above
+    return _significant(_columns(rows), floor, controls, level)
 
 
 def bar(floor: Iterable[float], level: float = BAR_QUANTILE) -> float:
@@ -111,7 +145,7 @@ def bar(floor: Iterable[float], level: float = BAR_QUANTILE) -> float:
     if not finite:
         return math.inf
     place = math.ceil(level * (len(finite) + 1) - 1e-9)  # 0.95 is a little less or more than that in binary.
-    return finite[min(place, len(finite)) - 1]
+    return float(finite[min(place, len(finite)) - 1])
 
 
 def deciding_evaluators(names: Iterable[str]) -> list[str]:
@@ -134,34 +168,31 @@ def benjamini_hochberg(p_values: Floats, rate: float) -> Bools:
     return found
 
 
-def _significant_latents(
-    scores: Mapping[str, Sequence[Scored]],
-    floors: Mapping[str, Sequence[float]],
-    controls: Sequence[Mapping[str, Sequence[float]]],
-    level: float,
-    side: Sequence[str],
-) -> dict[int, bool]:
-    """Return measured latent → whether it is significant on one of the evaluators of `side`."""
-    found: dict[int, bool] = {}
-    for evaluator in side:
-        rows = [row for row in scores.get(evaluator, ()) if _finite(row.value)]
-        others = [control.get(evaluator, ()) for control in controls]
-        hits = significant(rows, floors.get(evaluator, ()), controls=others, level=level)
-        for row, hit in zip(rows, hits.tolist(), strict=True):
-            found[row.latent] = hit or found.get(row.latent, False)
-    return found
+def _significant(rows: Scores, floor: Iterable[float], controls: Sequence[Iterable[float]], level: float) -> Bools:
+    """Return for each row whether it is significant, as `significant`."""
+    if not len(rows.latents):
+        return np.zeros(0, dtype=np.bool_)
+    highest = max(bar(floor), *(bar(control, level) for control in controls), -math.inf)
+    above: Bools = np.isfinite(rows.lows) & (rows.lows > highest)
+    return benjamini_hochberg(_p_values(rows, highest), FALSE_DISCOVERY_RATE) & above
 
 
-def _above(row: Scored, height: float) -> bool:
-    return row.low is not None and math.isfinite(row.low) and row.low > height
+def _p_values(rows: Scores, height: float) -> Floats:
+    from scipy.special import erfc
+
+    below = rows.values - rows.lows
+    known = np.isfinite(below)
+    errors = np.where(known, np.maximum(below / Z_95, 1e-12), 1.0)
+    p_values: Floats = np.where(known, 0.5 * erfc((rows.values - height) / errors / math.sqrt(2)), 1.0)
+    return p_values
 
 
-def _p_value(row: Scored, height: float) -> float:
-    if row.value is None or row.low is None or not math.isfinite(row.value - row.low):
-        return 1.0
-    error = max((row.value - row.low) / Z_95, 1e-12)
-    return 0.5 * math.erfc((row.value - height) / error / math.sqrt(2))
+def _columns(rows: Sequence[Scored]) -> Scores:
+    latents = np.array([row.latent for row in rows], dtype=np.int64)
+    values, lows = (np.array([row[i] for row in rows], dtype=np.float64) for i in (1, 2))  # None becomes NaN.
+    return Scores(latents, values, lows)
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _finite(scores: Scores) -> Scores:
+    known = np.isfinite(scores.values)
+    return Scores(*(column[known] for column in scores))

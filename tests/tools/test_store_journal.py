@@ -273,6 +273,7 @@ def test_a_store_from_before_calls_had_parts(tmp_path: Path) -> None:
     (tmp_path / "calls").rmdir()
     old = """
         DROP TABLE data.call_parts; DROP TABLE data.open_calls; DROP TABLE data.settings;
+        DROP TABLE data.embedding_parts; DROP TABLE data.climbs; ALTER TABLE data.results DROP explanation_id;
         DELETE FROM main.migrations WHERE version >= 4;
         CREATE TABLE data.calls (call_id VARCHAR, run VARCHAR, usd DOUBLE);
     """
@@ -281,8 +282,11 @@ def test_a_store_from_before_calls_had_parts(tmp_path: Path) -> None:
     with duckdb.connect(str(tmp_path / "labels.duckdb")) as connection:
         connection.execute("DROP VIEW calls; DROP VIEW costs;" + old)
         connection.execute("CREATE VIEW calls AS FROM data.calls; UPDATE data.snapshot SET schema_version = 3")
+        connection.execute("DROP VIEW climbs; DROP TABLE data.outcomes; DROP TABLE data.best_explanations")
+        connection.execute("CREATE OR REPLACE VIEW best_explanations AS SELECT 'its own' AS text")
     assert rows(tmp_path, "SELECT count(*), sum(worst_usd) FROM calls") == [(0, None)]
-    assert rows(tmp_path, "SELECT * FROM costs") == []
+    assert rows(tmp_path, "SELECT * FROM costs") == [] == rows(tmp_path, "SELECT outcome FROM latents")
+    assert rows(tmp_path, "SELECT text FROM best_explanations") == [("its own",)]
     with journal_at(tmp_path) as journal:
         asyncio.run(call(journal.of_run("a"), "x", ok()))
     publish(tmp_path)

@@ -1,11 +1,14 @@
-"""The views that readers see: `views.sql`, filled with the files of one store."""
+"""The views that readers see: `views.sql`, filled with the files of one store and what the snapshot has worked out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+
+WORKED_OUT = ("best_explanations", "outcomes")
+"""What a publishing works out as tables, in the order of `worked_out.sql`."""
 
 _NO_LATENTS = (
     "latent INTEGER, status VARCHAR, tokens BIGINT, firing_tokens BIGINT, firing_windows BIGINT, density DOUBLE, mean DOUBLE,"
@@ -25,6 +28,8 @@ _NO_CALLS = (
     " cached_tokens BIGINT, cache_write_tokens BIGINT, output_tokens BIGINT, usd DOUBLE, worst_usd DOUBLE, seconds DOUBLE,"
     " attempts INTEGER, detail VARCHAR, noted_at TIMESTAMP"
 )
+
+_NO_EMBEDDINGS = "dictionary VARCHAR, latent INTEGER, explanation_id VARCHAR, model VARCHAR, vector FLOAT[], code BLOB"
 
 _EXAMPLES = """
 SELECT {dictionary} AS dictionary, latent, split, kind, rank,
@@ -49,15 +54,20 @@ FROM (
 
 
 def view_statements(
-    store: Path, evidence: Mapping[str, str], verdict_parts: Sequence[str], call_parts: Sequence[str] | None
+    store: Path,
+    evidence: Mapping[str, str],
+    verdict_parts: Sequence[str],
+    call_parts: Sequence[str] | None,
+    tables: Collection[str],
 ) -> list[str]:
-    """Return the statements that make the views (and, after each, its comments).
+    """Return the statements that make the views and macros (and, after each, its comments).
 
     Args:
         store: absolute folder of the store.
         evidence: fingerprint → folder of finished evidence, relative to the store.
         verdict_parts: names of the registered parts; the views take their columns from the first.
         call_parts: the same for calls; None where the tables are older than these parts.
+        tables: those of `WORKED_OUT` that are there.
     """
     folders = {dictionary: store / folder for dictionary, folder in sorted(evidence.items())}
     finished = {d: f for d, f in folders.items() if (f / "evidence.json").exists()}
@@ -67,11 +77,22 @@ def view_statements(
         "examples": _examples(finished),
         "verdicts": _read(store / "verdicts", verdict_parts) or _empty(_NO_VERDICTS),
         "calls": _calls(store / "calls", call_parts),
+        **worked_out_queries(),
+        **{name: f"SELECT * FROM data.{name}" for name in tables},
     }
-    text = files("exegete.tools.store").joinpath("views.sql").read_text(encoding="utf-8")
-    text = "\n".join(line for line in text.splitlines() if not line.startswith("--"))
-    statements = [s.strip() for s in re.split(r";\n", text) if s.strip()]
+    statements = _statements("views.sql")
     return [re.sub(r"\{\{(\w+)\}\}", lambda found: sources[found[1]], statement) for statement in statements]
+
+
+def worked_out_queries() -> dict[str, str]:
+    """Return for each table of `WORKED_OUT` the query that works it out."""
+    return dict(zip(WORKED_OUT, _statements("worked_out.sql"), strict=True))
+
+
+def _statements(name: str) -> list[str]:
+    text = files("exegete.tools.store").joinpath(name).read_text(encoding="utf-8")
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("--"))
+    return [statement.strip() for statement in re.split(r";\s*\n|;\s*$", text) if statement.strip()]
 
 
 def _calls(folder: Path, parts: Sequence[str] | None) -> str:

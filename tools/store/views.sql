@@ -1,15 +1,10 @@
 -- The views that readers see, made anew at every publishing; {{…}} is filled by views.py with the store's files.
 -- Random-weight controls (their evidence lies in controls/) are in random_controls, runs, calls and costs alone.
 CREATE VIEW latents AS
-SELECT l.dictionary, l.latent, l.status, r.outcome, t.typed, l.density, l.peak, l.mean, l.standard_deviation,
+SELECT l.dictionary, l.latent, l.status, r.outcome, r.typed, l.density, l.peak, l.mean, l.standard_deviation,
        l.firing_tokens, l.firing_windows, l.tokens, l.histogram, l.certified, l.hard_shortage, r.detail
 FROM ({{latents}}) l
-LEFT JOIN (
-    SELECT dictionary, latent, arg_min(status, (status <> 'labeled', status, run)) AS outcome,
-           arg_min(detail, (status <> 'labeled', status, run)) AS detail
-    FROM data.results GROUP BY ALL
-) r USING (dictionary, latent)
-LEFT JOIN (SELECT dictionary, latent, arg_min(typed, run) AS typed FROM data.typing GROUP BY ALL) t USING (dictionary, latent);
+LEFT JOIN ({{outcomes}}) r USING (dictionary, latent);
 COMMENT ON VIEW latents IS 'One row a latent of every dictionary whose evidence is finished: how it fires and what became of it.';
 COMMENT ON COLUMN latents.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN latents.latent IS 'Index of the latent in its dictionary.';
@@ -89,37 +84,10 @@ COMMENT ON COLUMN climbs.control IS 'Whether the latent climbed whatever its sco
 COMMENT ON COLUMN climbs.run IS 'The run.';
 
 CREATE VIEW best_explanations AS
-WITH balanced AS (
-    SELECT run, dictionary, latent, explanation_id, baseline, evaluator, avg(value) AS value, avg(low) AS low, avg(high) AS high
-    FROM data.scores WHERE metric = 'balanced_accuracy' AND evaluator IN ('detection', 'fuzzing')
-    AND dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%') GROUP BY ALL
-), own AS (
-    SELECT run, dictionary, latent, explanation_id, avg(value) AS mean_score,
-           any_value(value) FILTER (evaluator = 'detection') AS detection,
-           any_value(low) FILTER (evaluator = 'detection') AS detection_low,
-           any_value(high) FILTER (evaluator = 'detection') AS detection_high,
-           any_value(value) FILTER (evaluator = 'fuzzing') AS fuzzing,
-           any_value(low) FILTER (evaluator = 'fuzzing') AS fuzzing_low,
-           any_value(high) FILTER (evaluator = 'fuzzing') AS fuzzing_high
-    FROM balanced WHERE baseline IS NULL GROUP BY ALL
-), best AS (
-    SELECT * FROM own QUALIFY row_number() OVER (
-        PARTITION BY dictionary, latent ORDER BY mean_score DESC NULLS LAST, explanation_id, run) = 1
-), floors AS (
--- In the order of the values: a sum in another order differs in its last bits from query to query.
-    SELECT run, dictionary,
-           avg(value ORDER BY value) FILTER (evaluator = 'detection' AND baseline = 'shuffled') AS detection_shuffled,
-           avg(value ORDER BY value) FILTER (evaluator = 'detection' AND baseline = 'constant') AS detection_constant,
-           avg(value ORDER BY value) FILTER (evaluator = 'fuzzing' AND baseline = 'shuffled') AS fuzzing_shuffled,
-           avg(value ORDER BY value) FILTER (evaluator = 'fuzzing' AND baseline = 'constant') AS fuzzing_constant
-    FROM balanced GROUP BY ALL
-)
-SELECT b.dictionary, b.latent, b.explanation_id, e.text, e.predicate, e.explainer, e.model, b.mean_score,
-       b.detection, b.detection_low, b.detection_high, f.detection_shuffled, f.detection_constant,
-       b.fuzzing, b.fuzzing_low, b.fuzzing_high, f.fuzzing_shuffled, f.fuzzing_constant, b.run
-FROM best b
-JOIN data.explanations e ON e.dictionary = b.dictionary AND e.latent = b.latent AND e.explanation_id = b.explanation_id
-LEFT JOIN floors f ON f.run = b.run AND f.dictionary = b.dictionary;
+SELECT dictionary, latent, explanation_id, text, predicate, explainer, model, mean_score,
+       detection, detection_low, detection_high, detection_shuffled, detection_constant,
+       fuzzing, fuzzing_low, fuzzing_high, fuzzing_shuffled, fuzzing_constant, run
+FROM ({{best_explanations}});
 COMMENT ON VIEW best_explanations IS 'Per latent the explanation with the best held-out score, beside the floors of its run. All scores are balanced accuracies.';
 COMMENT ON COLUMN best_explanations.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN best_explanations.latent IS 'Index of the latent in its dictionary.';
