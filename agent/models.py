@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exegete.agent.config import ModelsConfig
+from exegete.agent.metering import seen
 from exegete.agent.vitals import Vitals
 from exegete.tools.errors import UserError
 
@@ -214,6 +215,7 @@ class _Watched:
             reply = await self._client.complete(request)
         except UserError as error:
             raise Halted(str(error)) from error
+        seen(reply)
         finally:
             self._vitals.call_in(self.name, reply)
         tally = _tally.get()
