@@ -73,6 +73,9 @@ class EvidenceConfig(Section):
     """Pieces of the corpus; a restart redoes at most one. One per million tokens where it is left out. Does not change the result."""
     batch: int | None = Field(default=None, ge=1)
     """Contexts read at a time, a multiple of 4 (of 32 on a GPU). Does not change the result."""
+    workers: str | None = None
+    """Who does the slices: `ray`, `ray:2` (so many local workers) or `ray://HOST:PORT`, a worker for each GPU; this process where
+    it is left out. The store must be on storage that all share. Does not change the result."""
 
     def settings(self, seed: int) -> PassSettings:
         """Return these settings as the activation pass takes them."""

@@ -1,6 +1,7 @@
 """From a configuration to evidence in the store: subject, dictionary, corpus, activation pass, merge.
 
 Every step is found done when it was done before: the corpus by its inputs, the pass by its slices, the evidence by its marker.
+Slices may be done by workers (`evidence.workers`) or by other processes (`exegete slice`): they take the pass up by `open_pass`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from exegete.tools.seeds import digest
 from exegete.tools.store import DictionaryRecord, Store, Writer
 
 if TYPE_CHECKING:
+    from exegete.tools.activations import Slicer
     from exegete.tools.corpus import Corpus
     from exegete.tools.dictionaries import Dictionary
     from exegete.tools.subject import Subject
 
 BUNDLED = "bundled"
 BUNDLED_DOCUMENTS = 20_000
+SLICES_PER_WORKER = 4
+"""At least, so that none waits for long for the last one."""
+WORKERS_ASSUMED = 16
+"""Where it is not said how many there are."""
 
 
 class Interrupted(Exception):
@@ -51,6 +57,8 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
         return None
     if config.subject is None or config.dictionary is None or config.corpus is None:
         raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")
+    if config.evidence.workers is not None:
+        require_workers(config.evidence.workers)
     if config.corpus.source != BUNDLED:
         require_source(config.corpus.source)
     progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
@@ -80,7 +88,7 @@ def gather_evidence(
     """
     if inputs is None:
         return _evidence_in_store(store)
-    corpus = _corpus(config, store, inputs.subject, progress)
+    corpus = open_corpus(config, store, inputs.subject, progress)
     return [_pass(config, inputs, corpus, store, writer, progress, stop)]
 
 
@@ -101,14 +109,21 @@ def gather_control(
         Interrupted: `stop` answered True during the pass.
     """
     from exegete.tools.corpus import Corpus
+
+    corpus = Corpus.open(corpus_folder(config, store, inputs.subject))
+    control, active = random_inputs(config, inputs, store, corpus)
+    progress.say(f"random-weight control: {control.dictionary.latents:,} random directions, {active} active on a token")
+    own = inputs.dictionary.fingerprint
+    return control, _pass(config, control, corpus, store, writer, progress, stop, control_of=own)
+
+
+def random_inputs(config: RunConfig, inputs: Inputs, store: Store, corpus: Corpus) -> tuple[Inputs, int]:
+    """Return the random-weight control of `inputs`, calibrated once for all, and how many latents are active on a token."""
     from exegete.tools.random_control import random_control, require_plain, stored_calibration
 
     dictionary, subject = require_plain(inputs.dictionary), inputs.subject
-    corpus = Corpus.open(_corpus_folder(config, store, subject))
     calibration = stored_calibration(store.controls, dictionary, subject, corpus, config.seed)
-    control = Inputs(subject, random_control(dictionary, subject, calibration, config.seed))
-    progress.say(f"random-weight control: {dictionary.latents:,} random directions, {calibration.k} active on a token")
-    return control, _pass(config, control, corpus, store, writer, progress, stop, control_of=dictionary.fingerprint)
+    return Inputs(subject, random_control(dictionary, subject, calibration, config.seed)), calibration.k
 
 
 def _evidence_in_store(store: Store) -> list[Evidence]:
@@ -119,6 +134,17 @@ def _evidence_in_store(store: Store) -> list[Evidence]:
             "name a configuration or run `exegete evidence import` first"
         )
     return found
+
+
+def require_workers(spec: str) -> None:
+    """Raise UserError unless there can be such workers."""
+    from importlib.util import find_spec
+
+    from exegete.tools.workers import parse_workers
+
+    parse_workers(spec)
+    if find_spec("ray") is None:
+        raise UserError(f"workers {spec!r} need Ray: pip install 'exegete[ray]'")
 
 
 def open_subject(wanted: SubjectConfig) -> Subject:
@@ -171,7 +197,12 @@ def bundled_texts(seed: int, count: int) -> list[str]:
     return list(sample_texts(seed, count))
 
 
-def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progress) -> Corpus:
+def open_corpus(config: RunConfig, store: Store, subject: Subject, progress: Progress) -> Corpus:
+    """Return the configured corpus, which is built first unless it is there.
+
+    Raises:
+        UserError: the source is missing or not what it is said to be.
+    """
     from exegete.tools.corpus import build_corpus
 
     assert config.corpus is not None
@@ -182,7 +213,7 @@ def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progres
     corpus = build_corpus(
         source,
         subject,
-        _corpus_folder(config, store, subject),
+        corpus_folder(config, store, subject),
         seed=config.seed,
         text_field=wanted.text_field,
         limit_documents=wanted.documents,
@@ -192,7 +223,8 @@ def _corpus(config: RunConfig, store: Store, subject: Subject, progress: Progres
     return corpus
 
 
-def _corpus_folder(config: RunConfig, store: Store, subject: Subject) -> Path:
+def corpus_folder(config: RunConfig, store: Store, subject: Subject) -> Path:
+    """Return where the configured corpus lies, or is to lie."""
     assert config.corpus is not None
     name = digest(config.corpus.model_dump_json(), subject.fingerprint, str(config.seed)).removeprefix("sha256:")[:16]
     return store.corpora / name
@@ -224,19 +256,24 @@ def _pass(
     stop: Callable[[], bool],
     control_of: str | None = None,
 ) -> Evidence:
-    from exegete.tools.activations import run_pass
+    from exegete.tools.activations import computing_with, run_pass
     from exegete.tools.merging import merge
+    from exegete.tools.parts import read_manifest
 
     subject, dictionary = inputs.subject, inputs.dictionary
     settings = config.evidence.settings(config.seed)
     folder = store.evidence_folder(dictionary.fingerprint, control=control_of is not None)
-    working = store.passes / digest(dictionary.fingerprint, corpus.fingerprint, repr(settings.identity()))[7:23]
-    if not (folder / "evidence.json").exists():
+    working = pass_folder(config, inputs, corpus, store)
+    if (folder / "evidence.json").exists():
+        evidence = merge(working, folder, subject, dictionary, corpus, settings)
+    else:
+        slicer, at_least = slicer_of(config, store, corpus, working, control_of is not None, progress)
         with closing(Stages(progress, "micro-batches")) as stages:
-            if not run_pass(subject, dictionary, corpus, working, settings, progress=stages, stop=stop):
+            if not run_pass(subject, dictionary, corpus, working, settings, stages, stop, slicer, at_least):
                 raise Interrupted
         progress.say("merging the evidence")
-    evidence = merge(working, folder, subject, dictionary, corpus, settings)
+        with computing_with(int(read_manifest(working)["threads"])):
+            evidence = merge(working, folder, subject, dictionary, corpus, settings)
     assert config.dictionary is not None
     name, provenance = config.dictionary.path, dict(evidence.provenance)
     if control_of is not None:
@@ -247,6 +284,64 @@ def _pass(
         )
     )
     return evidence
+
+
+def pass_folder(config: RunConfig, inputs: Inputs, corpus: Corpus, store: Store) -> Path:
+    """Return where the pass of `inputs` over `corpus` keeps its parts."""
+    identity = repr(config.evidence.settings(config.seed).identity())
+    return store.passes / digest(inputs.dictionary.fingerprint, corpus.fingerprint, identity)[7:23]
+
+
+def slicer_of(
+    config: RunConfig, store: Store, corpus: Corpus, folder: Path, control: bool, progress: Progress
+) -> tuple[Slicer, int]:
+    """Return who does the slices, and how many there are to be at least."""
+    from exegete.tools.activations import do_every_slice
+    from exegete.tools.workers import Job, parse_workers, slicer
+
+    if config.evidence.workers is None:
+        return do_every_slice, 1
+    assert config.subject is not None
+    workers = parse_workers(config.evidence.workers)
+    gpu = config.subject.device.startswith("cuda")
+    places = (_for_workers(config), str(store.folder), str(corpus.folder), str(folder), control)
+    job = Job(slice_worker, places, what="slice", gpu=gpu)
+    told = slicer(workers, job, lambda count: progress.say(f"{count} workers ({workers.spec}) do the slices"))
+    return told, SLICES_PER_WORKER * (workers.count or WORKERS_ASSUMED)
+
+
+def _for_workers(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as a process with another working directory, and a GPU that is its own, understands it."""
+    tree = config.model_dump(mode="json")
+    for section, key in (("subject", "name"), ("dictionary", "path")):
+        if Path(tree[section][key]).exists():
+            tree[section][key] = str(Path(tree[section][key]).resolve())
+    tree["subject"]["device"] = tree["subject"]["device"].partition(":")[0]
+    return tree
+
+
+def slice_worker(
+    tree: Mapping[str, Any], store: str, corpus: str, folder: str, control: bool, token: str
+) -> Callable[[int], bool]:
+    """Make a worker ready for the slices of the pass in `folder`, and return what does the slice of a given number.
+
+    Raises:
+        UserError: this machine does not see the store's files, or loads something else than the one that began the pass.
+    """
+    from exegete.tools.activations import do_slice, prepare_pass
+    from exegete.tools.corpus import Corpus
+    from exegete.tools.workers import require_shared
+
+    require_shared(Path(folder), token)
+    config, text = RunConfig.model_validate(tree), Corpus.open(Path(corpus))
+    assert config.subject is not None and config.dictionary is not None
+    subject = open_subject(config.subject)
+    inputs = Inputs(subject, open_dictionary(config.dictionary.path, subject))
+    if control:
+        inputs, _ = random_inputs(config, inputs, Store.open(Path(store)), text)
+    settings = config.evidence.settings(config.seed)
+    prepared = prepare_pass(inputs.subject, inputs.dictionary, text, Path(folder), settings, begin=False)
+    return lambda index: do_slice(prepared, index)
 
 
 class Stages:
