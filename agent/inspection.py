@@ -1,16 +1,25 @@
-"""`exegete status`: how far the runs of a store are, read from the published snapshot while a run may be going on."""
+"""`exegete status`: how the runs of a store stand, told by another process than the one that writes it.
+
+1. Whether a process is writing is asked of the lock that it holds.
+2. The runs are read from the published snapshot (`run_facts`), which may be minutes old.
+3. The vital signs of the process that writes, and how the one that wrote last ended, are read from the event log (`needs`).
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.summary import headline
+from exegete.agent.needs import Need, last_session, need_of
+from exegete.agent.run_facts import RunFacts, call_facts, calls_line, run_facts, run_lines
+from exegete.agent.vital_lines import duration, facts, stage_text
+from exegete.agent.vitals import Snapshot
 from exegete.tools.errors import UserError
 from exegete.tools.rendering import visible
 from exegete.tools.store import Store, connect
@@ -51,28 +60,80 @@ def newest_config(store: Path) -> dict[str, Any]:
     return newest_run(store)[2]
 
 
-def status_lines(store: Path) -> list[str]:
-    """Return lines on the store's writer and snapshot, then for each run its state, progress and newest figures.
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """How a store stands at this moment."""
+
+    store: str
+    pid: int | None
+    """The process that is writing."""
+    need: Need
+    published_at: str | None
+    """Time of the snapshot that `runs` come from, ISO 8601 in UTC; None where nothing was published yet."""
+    published_age_s: float | None
+    vitals: Snapshot | None
+    """The newest of the process that is writing; None where there is none, or it has told none yet."""
+    vitals_age_s: float | None
+    runs: Sequence[RunFacts]
+    """The one begun last first."""
+
+
+def store_status(store: Path) -> StoreStatus:
+    """Return how the store stands: from its snapshot, its event log, and the lock of its writer, whose files stay closed.
 
     Raises:
         UserError: there is no store.
     """
     folder = Store.open(store).folder
     pid = writer_pid(folder)
-    if not (folder / SNAPSHOT).exists():
-        return [_writer_line(folder, pid), "nothing was published yet" if pid else _begin(store)]
-    with connect(store) as connection:
-        runs = connection.execute(_RUNS).fetchall()
-        lines = [_writer_line(folder, pid), _snapshot_line(connection)]
-        for run in runs:
-            lines += ["", *_run_lines(connection, run, pid)]
-    return [visible(line) for line in (lines if runs else [*lines, _begin(store)])]
+    runs: list[RunFacts] = []
+    published: datetime | None = None
+    if (folder / SNAPSHOT).exists():
+        with connect(store) as connection:
+            runs, published = run_facts(connection, pid), _published(connection)
+    session = last_session(folder)
+    need = need_of(store, pid, runs[0] if runs else None, session)
+    live = session if session is not None and pid is not None and session.pid in (None, pid) else None
+    return StoreStatus(
+        str(folder),
+        pid,
+        need,
+        published.isoformat() if published else None,
+        _seconds_since(published) if published else None,
+        live.vitals if live else None,
+        live.age_s() if live else None,
+        runs,
+    )
+
+
+def status_lines(store: Path) -> list[str]:
+    """Return lines on the store's writer, what its newest run needs, the snapshot, and each run; raises as `store_status`."""
+    status = store_status(store)
+    if status.published_age_s is None:
+        snapshot = "nothing was published yet" if status.pid else _begin(store)
+    else:
+        snapshot = f"snapshot of {_shown(status.published_at)} UTC ({duration(status.published_age_s)} old)"
+    lines = [_writer_line(status), snapshot]
+    if status.runs and status.need.state != "running":
+        lines.append(status.need.line())
+    lines += _live_lines(status)
+    for run in status.runs:
+        lines += ["", *run_lines(run, status.pid is not None)]
+    if not status.runs and status.published_age_s is not None:
+        lines.append(_begin(store))
+    return [visible(line) for line in lines]
+
+
+def status_json(store: Path) -> str:
+    """Return `store_status` as JSON text; raises as that."""
+    return json.dumps(asdict(store_status(store)), indent=2)
 
 
 def calls_lines(store: Path, runs: Sequence[str]) -> list[str]:
     """Return one line on what the calls of ended runs came to and cost; none where they made no calls."""
     with connect(store) as connection:
-        return [visible(line.strip()) for line in _calls_lines(connection, runs, going=False)]
+        found = call_facts(connection, runs)
+    return [visible(calls_line(found, going=False))] if found else []
 
 
 def writer_pid(folder: Path) -> int | None:
@@ -95,13 +156,6 @@ def writer_pid(folder: Path) -> int | None:
         return None
 
 
-_RUNS = """
-SELECT r.run, r.dictionary, d.name, coalesce(d.evidence LIKE 'controls/%', false), d.latents, r.status, r.seed,
-       r.code_version, r.config, r.figures
-FROM runs r LEFT JOIN data.dictionaries d USING (dictionary) ORDER BY r.started_at DESC, r.run
-"""
-
-
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -112,129 +166,31 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _writer_line(folder: Path, pid: int | None) -> str:
-    return f"store {folder}: " + (f"process {pid} is writing" if pid else "no process is writing")
+def _writer_line(status: StoreStatus) -> str:
+    return f"store {status.store}: " + (f"process {status.pid} is writing" if status.pid else "no process is writing")
 
 
 def _begin(store: Path) -> str:
     return f"no run yet; begin one with `exegete label --store {store}`"
 
 
-def _snapshot_line(connection: duckdb.DuckDBPyConnection) -> str:
+def _live_lines(status: StoreStatus) -> list[str]:
+    if status.vitals is None or status.vitals_age_s is None:
+        return []
+    stage = status.vitals.stage
+    doing = "between two stages" if stage is None else stage_text(stage)
+    return [f"{duration(status.vitals_age_s)} ago: {doing}", *(f"  {line}" for line in facts(status.vitals))]
+
+
+def _published(connection: duckdb.DuckDBPyConnection) -> datetime:
     row = connection.execute("SELECT epoch(published_at) FROM snapshot").fetchone()
     assert row is not None  # The snapshot is published with exactly one row.
-    at = datetime.fromtimestamp(row[0], UTC)
-    seconds = max(0.0, (datetime.now(UTC) - at).total_seconds())
-    return f"snapshot of {at:%Y-%m-%d %H:%M:%S} UTC ({_age(seconds)} old)"
+    return datetime.fromtimestamp(row[0], UTC)
 
 
-def _age(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+def _seconds_since(moment: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - moment).total_seconds())
 
 
-def _run_lines(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid: int | None) -> list[str]:
-    run, dictionary, name, control, latents, status, seed, code_version, config_text, figures = row
-    if status == "running" and pid is None:
-        status = "interrupted"  # Its process ended without a word: killed, or the machine went down.
-    config = json.loads(config_text)
-    label = config.get("label", {})
-    asked = "random_control" if control else "limit"
-    lines = [
-        f"{visible(name or dictionary)}: {status}",
-        f"  run {run[:19]} · dictionary {dictionary[:19]} · seed {seed} · exegete {code_version}"
-        f" · explainer {label.get('explainer', 'unknown')}, judge {label.get('judge', 'unknown')}",
-        *_models_lines(config.get("models", {})),
-        _progress_line(connection, run, min(latents or 0, label.get(asked) or latents or 0)),
-        *([] if control else [_floors_line(connection, run, label.get("floors"))]),
-        *_calls_lines(connection, [run], pid is not None),
-        *_missing_lines(connection, run),
-    ]
-    if figures is not None:
-        lines += [f"  {line}" for line in headline(json.loads(figures))]
-    else:
-        lines += _means(connection, run)
-    return lines
-
-
-def _models_lines(models: Mapping[str, Any]) -> list[str]:
-    named = [f"{role} {models[role]}" for role in ("explainer", "judge", "scorer", "embedder") if models.get(role)]
-    return [f"  models: {', '.join(named)}"] if named else []
-
-
-def _progress_line(connection: duckdb.DuckDBPyConnection, run: str, total: int) -> str:
-    counts = connection.execute(
-        "SELECT status, count(*) FROM data.results WHERE run = ? GROUP BY ALL ORDER BY ALL", [run]
-    ).fetchall()
-    done = sum(count for _, count in counts)
-    share = f" ({done / total:.0%})" if total else ""
-    by_outcome = ", ".join(f"{count:,} {outcome}" for outcome, count in counts)
-    return f"  {done:,} of {total:,} latents recorded{share}" + (f": {by_outcome}" if by_outcome else "")
-
-
-def _floors_line(connection: duckdb.DuckDBPyConnection, run: str, wanted: int | None) -> str:
-    counts = connection.execute(
-        """SELECT baseline, count(DISTINCT latent) FROM scores
-        WHERE run = ? AND baseline IS NOT NULL GROUP BY ALL ORDER BY ALL""",
-        [run],
-    ).fetchall()
-    told = ", ".join(f"{baseline} on {count:,} latents" for baseline, count in counts)
-    asked = "" if wanted is None else f" ({wanted:,} asked for)"
-    return f"  floors: {told or 'none yet'}{asked}"
-
-
-def _calls_lines(connection: duckdb.DuckDBPyConnection, runs: Sequence[str], going: bool) -> list[str]:
-    """Return one line on calls to language models and their cost; none for runs that make no calls."""
-    [(calls, answered, failed, unknown, in_flight, usd, unknown_worst_usd)] = connection.execute(
-        """SELECT sum(calls), sum(answered), sum(failed), sum(unknown), sum(in_flight), sum(usd), sum(unknown_worst_usd)
-        FROM costs WHERE list_contains(?, run)""",
-        [runs],
-    ).fetchall()
-    if not calls:
-        return []
-    counts = f"{answered:,} answered, {failed:,} failed{_why(connection, runs) if failed else ''}, {unknown:,} unknown"
-    if in_flight:
-        counts += f", {in_flight:,} in flight" + ("" if going else " when it ended")
-    spent = f"{usd:,.2f} USD" + (f", and at most {unknown_worst_usd:,.2f} USD for the unknown" if unknown else "")
-    return [f"  calls: {counts}; {spent}"]
-
-
-def _why(connection: duckdb.DuckDBPyConnection, runs: Sequence[str]) -> str:
-    found = connection.execute(
-        """SELECT detail FROM calls WHERE list_contains(?, run) AND status IN ('error', 'rejected') AND detail IS NOT NULL
-        GROUP BY detail ORDER BY count(*) DESC, detail LIMIT 1""",
-        [runs],
-    ).fetchone()
-    return f" (most often: {found[0]})" if found else ""
-
-
-def _missing_lines(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
-    """Return one line where calls about latents failed for good and have not been asked again since."""
-    import duckdb
-
-    query = """SELECT count(DISTINCT latent) FROM (
-        SELECT run, latent, missing_calls FROM data.results UNION ALL SELECT run, latent, missing_calls FROM data.floors
-    ) WHERE run = ? AND missing_calls > 0"""
-    try:
-        [(latents,)] = connection.execute(query, [run]).fetchall()
-    except (duckdb.BinderException, duckdb.CatalogException):  # Published by a version that did not count them.
-        return []
-    return [f"  {latents:,} latents miss calls that failed; `exegete resume` asks them again"] if latents else []
-
-
-def _means(connection: duckdb.DuckDBPyConnection, run: str) -> list[str]:
-    """Return running means, for a run that has stored no figures yet."""
-    rows = connection.execute(
-        """SELECT evaluator, avg(value), 1.96 * stddev_samp(value) / sqrt(count(value)), count(value) FROM data.scores
-        WHERE run = ? AND baseline IS NULL AND metric = 'balanced_accuracy' AND value IS NOT NULL
-        GROUP BY evaluator ORDER BY evaluator""",
-        [run],
-    ).fetchall()
-    return [
-        f"  so far, {evaluator}: mean balanced accuracy {mean:.3f}"
-        + (f" [{mean - half:.3f}, {mean + half:.3f}]" if half is not None else "")
-        + f" (n = {n:,}, normal interval)"
-        for evaluator, mean, half, n in rows
-    ]
+def _shown(moment: str | None) -> str:
+    return "" if moment is None else f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M:%S}"
