@@ -200,8 +200,12 @@ def test_vital_signs_that_are_none_are_taken_as_not_there(make_store: StoreMaker
 def test_a_hostile_log_cannot_harm_a_terminal(make_store: StoreMaker, tmp_path: Path) -> None:
     make_store(finish=False)
     store = tmp_path / "store"
-    with Store.open(store).writer(), watched(store, Lines(io.StringIO()), every_s=3_600) as watch:
+
+    def during(watch: Watch) -> None:
         with watch.stage("\x1b[2J\u202e", 3, "latents"):
             watch.beat()
             text = "\n".join(status_lines(store))
             assert "\\x1b[2J\\u202e: 0 of 3" in text and "\x1b" not in text and "\x1b" not in status_json(store)
+
+    with Store.open(store).writer():
+        work(store, during)
