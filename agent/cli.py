@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exegete.agent import audit_cli, instrument_cli
+from exegete.agent import audit_cli, instrument_cli, slices_cli
 from exegete.tools.errors import ExegeteError, UserError
 from exegete.tools.rendering import visible
 
@@ -82,6 +82,9 @@ def label(
     no_budget: NoBudgetOption = None,
     evaluators: Annotated[str | None, typer.Option(help="Scores to compute, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Label only this many latents, drawn by the seed.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Who does the activation pass: ray, ray:2 (local workers) or ray://HOST:PORT.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     assignments: SetOption = None,
 ) -> None:
@@ -97,6 +100,7 @@ def label(
         **_money(budget, no_budget),
         "label.evaluators": [name.strip() for name in evaluators.split(",")] if evaluators else None,
         "label.limit": limit,
+        "evidence.workers": workers,
     }
     settled = load_config(config, assignments or (), overrides)
     if dry_run:
@@ -201,6 +205,7 @@ def doctor(
 
 app.registered_commands += instrument_cli.app.registered_commands
 app.registered_commands += audit_cli.app.registered_commands
+app.registered_commands += slices_cli.app.registered_commands
 
 
 @evidence_app.command("import")
