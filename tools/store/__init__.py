@@ -7,6 +7,7 @@
     verdicts/*.parquet             judged items, append-only; a part counts once it is registered in run.duckdb
     journal.sqlite                 every call to a language model and its reply (see `journal`); of the writer alone, too
     calls/*.parquet                what readers see of calls, append-only, exported from the journal at publishing
+    embeddings/*.parquet           sentence embeddings of explanations, append-only, registered like verdicts
     corpora/  passes/              token stores and the working files of activation passes
 
 `Store` names the places, `Store.writer()` opens the one writer, `connect` the published results, and `safe_query` runs SQL

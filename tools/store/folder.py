@@ -21,7 +21,7 @@ from exegete.tools.store.writer import Writer, evidence_path
 FORMAT = 1
 _MARKER = "store.json"
 _DATABASE = "run.duckdb"
-_FOLDERS = ("evidence", "verdicts", "calls", "corpora", "passes", "controls")
+_FOLDERS = ("evidence", "verdicts", "calls", "embeddings", "corpora", "passes", "controls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Store:
     def writer(self) -> Iterator[Writer]:
         """Open the store for writing; everything else may go on reading the published snapshot.
 
-        On entry migrations are applied, and parts of verdicts and calls that no transaction registered are removed.
+        On entry migrations are applied, and parts of verdicts, calls and embeddings that no transaction registered are removed.
 
         Raises:
             UserError: another process writes (its pid is named), the store has a newer schema, or the disk is full.
@@ -162,7 +162,7 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
         ) from error
     try:
         migrate(connection, where)
-        for kind in ("verdict", "call"):
+        for kind in ("verdict", "call", "embedding"):
             registered = {part for (part,) in connection.execute(f"SELECT part FROM data.{kind}_parts").fetchall()}
             (folder / f"{kind}s").mkdir(exist_ok=True)
             remove_orphans(folder / f"{kind}s", registered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def write_part(folder: Path, rows: pa.Table) -> str:
+def write_part(folder: Path, rows: pa.Table, options: Mapping[str, Any] | None = None) -> str:
     """Write `rows` durably to one Parquet file in `folder`, named by its content; return the name.
+
+    `options` are those of `pyarrow.parquet.write_table`.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -23,7 +25,7 @@ def write_part(folder: Path, rows: pa.Table) -> str:
     import pyarrow.parquet as pq
 
     buffer = pa.BufferOutputStream()
-    pq.write_table(rows, buffer, compression="zstd", compression_level=1)
+    pq.write_table(rows, buffer, **{"compression": "zstd", "compression_level": 1, **(options or {})})
     content = buffer.getvalue()
     name = f"{hashlib.sha256(content).hexdigest()[:32]}.parquet"
     temporary = folder / f".{name}.writing"

@@ -25,6 +25,7 @@ from exegete.tools.store.schema import utc_now
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from exegete.tools.store.embeddings import Embeddings
     from exegete.tools.store.journal import StoreJournal
 
 _CALLS_IN_A_PART = 25_000
@@ -63,6 +64,13 @@ class Writer:
             if self._journal is None:
                 self._journal = StoreJournal(self._folder / JOURNAL, self._exported())
             return self._journal
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The embeddings of explanations, for whoever computes them."""
+        from exegete.tools.store.embeddings import Embeddings
+
+        return Embeddings(self._folder, self._connection, self._transaction, self._unwritten)
 
     def close(self) -> None:
         """Close what is open; `Store.writer()` does it."""
