@@ -69,6 +69,16 @@ def metered() -> Iterator[Meter]:
         _meter.reset(token)
 
 
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Count the calls made in this context under `name`."""
+    token = _stage.set(name)
+    try:
+        yield
+    finally:
+        _stage.reset(token)
+
+
 def seen(reply: Reply) -> None:
     """Count a reply, where somebody measures."""
     meter = _meter.get()
@@ -95,8 +105,5 @@ class Staged:
 
     async def evaluate(self, explanation: Explanation, evidence: LatentEvidence, judge: Judge, seed: int) -> Evaluation:
         """Evaluate as the wrapped evaluator does."""
-        token = _stage.set(self._stage)
-        try:
+        with stage(self._stage):
             return await self._evaluator.evaluate(explanation, evidence, judge, seed)
-        finally:
-            _stage.reset(token)

@@ -198,7 +198,7 @@ def test_tokens_wait_for_reservations_too() -> None:
 
 @pytest.mark.parametrize("most", [-1, float("nan"), float("inf")])
 def test_bad_budgets_of_tokens(most: float) -> None:
-    with pytest.raises(UserError, match="budget of .* tokens"):
+    with pytest.raises(UserError, match=r"budget of .* tokens"):
         Budget(1.0, max_tokens=most)
 
 
