@@ -105,6 +105,12 @@ class LabelConfig(Section):
     stop_at: float | None = Field(default=None, gt=0, lt=1)
     """Balanced accuracy at which detection and fuzzing stop asking about a latent: as soon as a confidence sequence lies wholly
     above or below it (PROTOCOLS §13). Every window is asked about where it is left out."""
+    profile: Literal["full", "night"] = "full"
+    """`full`: detection and fuzzing judge every window that the evidence holds (PROTOCOLS §1). `night`: 10 firing and 10
+    other windows each, and all of them on the latents that come first (`label.first`)."""
+    first: float = Field(default=0.01, ge=0, le=1)
+    """Share of the latents that are labeled first, 100 at least: a random subset stratified by firing rate, so that a run that
+    ends early leaves an unbiased picture. The others follow in the order of the evidence."""
     limit: int | None = Field(default=None, gt=0)
     """Label only this many latents, drawn by the seed; all where it is left out."""
     concurrency: int = Field(default=64, ge=1)
@@ -129,6 +135,49 @@ class LabelConfig(Section):
     latent is typed as explained only where its lower bound exceeds the 95th percentile of their scores too (over all evaluators
     that decide; PROTOCOLS §12). Costs a second pass over the corpus and as much as so many more latents. 100 or more; 0:
     without."""
+
+
+class CascadeConfig(Section):
+    """Explainers from cheap to dear: a latent climbs to the next only while its score on the refine split says that it pays."""
+
+    rungs: tuple[str, ...] = ()
+    """Explainers, cheapest first, for example `["lexical", "one-shot", "refine"]`; none: `label.explainer` alone. `refine`, which
+    can only be the last, shows a language model the explanation's mistakes on the refine split and asks for a better one."""
+    target: float = Field(default=0.9, gt=0, le=1)
+    """A latent climbs only while the upper 95 % limit of its refine-split score (mean balanced accuracy of detection and
+    fuzzing) stays below this."""
+    worth_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What it is worth, in USD, that the score of one latent rises by 1: a latent climbs only where the gain to be expected, by
+    the control subset, is worth the price of the next rung. Any price where it is left out."""
+    rounds: int = Field(default=3, ge=1)
+    """Revisions of one explanation, at most."""
+    patience: int = Field(default=1, ge=1)
+    """Revisions in a row that may bring nothing before refining stops."""
+    items_per_class: int = Field(default=10, ge=1)
+    """Firing and other windows of the refine split that detection and fuzzing judge, each, for one refine-split score."""
+    control: int = Field(default=64, ge=0)
+    """So many random latents climb every rung, whatever their scores, and draw best-of-N at the cost of that: they show what a
+    rung gains and costs before any other latent is routed, and whether routing pays. 0: neither is known."""
+    screen: bool = True
+    """Explanations of the `lexical` rung are weighed by running their predicate, without a call; what a judge would say of them
+    is reckoned from the control subset."""
+    models: dict[str, str] = {}
+    """Rung → language model, where it is another than `models.explainer`: `{ refine = "anthropic:claude-opus-4-5" }`."""
+    options: dict[str, dict[str, Any]] = {}
+    """Rung → options of its explainer, for example `{ one-shot = { windows = 20 } }`."""
+
+    @model_validator(mode="after")
+    def _check_rungs(self) -> CascadeConfig:
+        if len(set(self.rungs)) < len(self.rungs):
+            raise ValueError(f"cascade.rungs = {list(self.rungs)} names a rung twice")
+        if "refine" in self.rungs and (self.rungs[-1] != "refine" or len(self.rungs) < 2):
+            raise ValueError(
+                f"cascade.rungs = {list(self.rungs)}: refine revises what the rung below it wrote, and comes last"
+            )
+        for name in (*self.models, *self.options):
+            if name not in self.rungs:
+                raise ValueError(f"{name!r} is none of cascade.rungs = {list(self.rungs)}")
+        return self
 
 
 class ModelsConfig(Section):
@@ -214,6 +263,7 @@ class RunConfig(Section):
     corpus: CorpusConfig | None = None
     evidence: EvidenceConfig = EvidenceConfig()
     label: LabelConfig = LabelConfig()
+    cascade: CascadeConfig = CascadeConfig()
     models: ModelsConfig = ModelsConfig()
     seed: int = Field(default=0, ge=0)
     """Every random choice derives from it."""
@@ -224,15 +274,18 @@ class RunConfig(Section):
     @classmethod
     def _ask_the_models(cls, tree: Any) -> Any:
         """Have language models that are named explain and judge, where nothing else is said."""
-        models = tree.get("models") if isinstance(tree, dict) else None
-        label = tree.get("label", {}) if isinstance(tree, dict) else None
-        if not isinstance(models, dict) or not isinstance(label, dict):
+        if not isinstance(tree, dict):
+            return tree
+        models, label, cascade = (tree.get(name, {}) for name in ("models", "label", "cascade"))
+        if not all(isinstance(table, dict) for table in (models, label, cascade)):
             return tree
         defaults: dict[str, Any] = {}
         if models.get("explainer"):
             defaults["explainer"] = "combined" if tree.get("subject") else "one-shot"
         if models.get("judge"):
             defaults["judge"] = "model"
+        if writers := [name for name in cascade.get("rungs") or () if name != "refine"]:
+            defaults["explainer"] = writers[-1]
         if any("-batch:" in str(models.get(role)) for role in ("explainer", "judge")):
             defaults["concurrency"] = BATCHED_LATENTS
         return {**tree, "label": {**defaults, **label}}

@@ -4,22 +4,20 @@
 2. `Models` opens each model once, however many instruments ask it, so that all share its pace; models of one server share
    what that may be asked (calls in flight, requests and tokens per minute); the journal and the budget are the run's.
 3. What can never be answered (`Halted`) ends the run: no key, no such model, the budget used up, a full disk. A call that
-   failed for good is a reply with a status; `tallied` counts those of one latent, which a resumed run asks again.
+   failed for good is a reply with a status; `spending` counts those of one latent, which a resumed run asks again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exegete.agent.config import ModelsConfig
 from exegete.agent.metering import seen
+from exegete.agent.spending import note
 from exegete.agent.vitals import Vitals
 from exegete.tools.errors import UserError
 
@@ -41,28 +39,6 @@ if TYPE_CHECKING:
 
 class Halted(UserError):
     """No call can succeed any more until the user has mended something; what is recorded stays."""
-
-
-@dataclass
-class Tally:
-    """What became of the calls about one latent."""
-
-    missing: int = 0
-    """Calls that failed for good at the provider, and may be asked again."""
-
-
-_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
-
-
-@contextmanager
-def tallied() -> Iterator[Tally]:
-    """Count the calls made in this context, and in the tasks that it starts."""
-    tally = Tally()
-    token = _tally.set(tally)
-    try:
-        yield tally
-    finally:
-        _tally.reset(token)
 
 
 def check_models(config: ModelsConfig) -> None:
@@ -215,12 +191,10 @@ class _Watched:
             reply = await self._client.complete(request)
         except UserError as error:
             raise Halted(str(error)) from error
-        seen(reply)
         finally:
             self._vitals.call_in(self.name, reply)
-        tally = _tally.get()
-        if tally is not None and reply.status in ("error", "unknown"):
-            tally.missing += 1
+        seen(reply)
+        note(reply)
         return reply
 
     async def close(self) -> None:

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
+import numpy as np
+
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.graph import Workbench, label_graph
+from exegete.agent.ordering import Latents
 from exegete.evaluators.clustering import INDEPENDENT, Clustering
 from exegete.evaluators.contract import JudgedItem
 from exegete.evaluators.scoring import expected_clustering, pilot_clustering
@@ -26,6 +29,8 @@ from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord
 
 PILOT_LATENTS = 64
+CASCADE = "cascade"
+"""Under this name the store keeps what a cascade's control subset has shown, beside the pilot's evaluators."""
 
 
 def piloted(bench: Workbench) -> list[Any]:
@@ -35,11 +40,11 @@ def piloted(bench: Workbench) -> list[Any]:
     return [one for one in bench.evaluators if hasattr(one, "clustering") and getattr(one, "stopping", None) is None]
 
 
-def pilot_latents(evidence: Evidence, latents: Sequence[int], seed: int) -> list[int]:
+def pilot_latents(evidence: Evidence, latents: Latents, seed: int) -> list[int]:
     """Return the latents of the pilot, ascending: drawn from the live ones of `latents`."""
-    live = [latent for latent in latents if evidence.statuses[latent] == "live"]
+    live = np.intersect1d(latents, evidence.live)
     order = generator(seed, "pilot", evidence.dictionary).permutation(len(live))
-    return sorted(live[i] for i in order[:PILOT_LATENTS])
+    return [int(latent) for latent in np.sort(live[order[:PILOT_LATENTS]])]
 
 
 async def run_pilot(
@@ -52,7 +57,7 @@ async def run_pilot(
     Raises:
         Halted: no language model can be asked any more.
     """
-    own = replace(bench, evaluators=piloted(bench), in_flight={})
+    own = replace(bench, evaluators=piloted(bench), thorough=(), cascade=None, in_flight={})
     records: list[LatentRecord] = []
 
     def take(finished: Sequence[LatentRecord]) -> None:
@@ -79,4 +84,4 @@ def described(found: dict[str, Clustering]) -> dict[str, dict[str, Any]]:
 
 def restored(stored: dict[str, dict[str, Any]]) -> dict[str, Clustering]:
     """Return clusterings from what was stored."""
-    return {name: Clustering(**fields) for name, fields in stored.items()}
+    return {name: Clustering(**fields) for name, fields in stored.items() if name != CASCADE}

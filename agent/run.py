@@ -25,15 +25,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from exegete.agent.cascade_control import Control, run_control, subset_of
 from exegete.agent.config import RunConfig
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.graph import Workbench, label_graph
 from exegete.agent.models import Models, budget_of
-from exegete.agent.pilot import described, pilot_latents, piloted, restored, run_pilot
+from exegete.agent.ordering import Latents, chosen_latents, in_order, stratified_subset
+from exegete.agent.pilot import CASCADE, described, pilot_latents, piloted, restored, run_pilot
 from exegete.agent.progress import Progress, default_progress
 from exegete.agent.summary import summarise
 from exegete.agent.typed import control_scores, few_floors, too_few, typed_latents
@@ -135,12 +139,11 @@ async def _label_dictionary(
     controls, missing = (None, {}) if control is None else await _label_control(here, *control, evidence)
     known_by = identity(config)
     run_id = id_of_run(known_by, config.seed, evidence.dictionary)
-    latents = _chosen(config, evidence)
+    latents = chosen_latents(evidence, config.label.limit, config.seed)
     bench = await _worked_through(here, here.inputs, evidence, latents, known_by)
     results = writer.results(run_id, evidence.dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
-    statuses = evidence.statuses
-    typed = typed_latents(results, headlines, {latent: statuses[latent] for latent in latents}, controls)
+    typed = typed_latents(results, headlines, _silent(evidence, latents), controls)
     for name, count in few_floors(results, headlines).items():
         here.progress.say(
             f"{name}: types rest on {count} shuffled explanations, fewer than a 95th percentile takes; set label.floors to 19 or more"
@@ -156,7 +159,7 @@ async def _label_control(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Label latents of a random-weight dictionary; return evaluator → their scores, and what calls are missing."""
     config, writer, dictionary = here.config, here.writer, evidence.dictionary
-    latents = control_latents(config, evidence, like)
+    latents = np.array(control_latents(config, evidence, like), dtype=np.int64)
     known_by = identity(config, control=True)
     run_id = id_of_run(known_by, config.seed, dictionary)
     bench = await _worked_through(here, inputs, evidence, latents, known_by, floors=False)
@@ -189,7 +192,7 @@ async def _worked_through(
     here: _Run,
     inputs: Inputs | None,
     evidence: Evidence,
-    latents: Sequence[int],
+    latents: Latents,
     known_by: Mapping[str, Any],
     floors: bool = True,
 ) -> Workbench:
@@ -200,11 +203,12 @@ async def _worked_through(
         async with models:
             bench = open_workbench(here.config, inputs, evidence, latents, models)
             _begin(here, evidence, known_by)
-            whole = await _pilot(here, evidence, latents, bench, run_id)
+            bench.first = stratified_subset(evidence, latents, here.config.label.first, here.config.seed)
+            whole = await _piloted(here, evidence, latents, bench, run_id)
             await _label(here, evidence, latents, bench, run_id)
             if not whole and not here.writer.results(run_id, evidence.dictionary).incomplete():
                 # What the pilot lacked has been answered since, so it is made anew, and what rests on it: without a call.
-                await _pilot(here, evidence, latents, bench, run_id)
+                await _piloted(here, evidence, latents, bench, run_id)
                 await _label(here, evidence, latents, bench, run_id)
             if floors:
                 await _floors(here, evidence, bench, run_id)
@@ -243,16 +247,50 @@ _NOT_IDENTITY: Any = {
 }
 
 
-def _chosen(config: RunConfig, evidence: Evidence) -> list[int]:
-    """All latents, or `limit` of them drawn by the seed; ascending, so that evidence is read from front to back."""
-    latents = list(evidence.statuses)
-    if config.label.limit is None or config.label.limit >= len(latents):
-        return latents
-    drawn = generator(config.seed, "limit", evidence.dictionary).permutation(len(latents))[: config.label.limit]
-    return sorted(latents[i] for i in drawn)
+def _silent(evidence: Evidence, latents: Latents) -> dict[int, str]:
+    """Return the latents that are dead, rare or dense → which of these."""
+    return {
+        latent: status
+        for status, found in evidence.silent().items()
+        for latent in np.intersect1d(found, latents).tolist()
+    }
 
 
-async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> bool:
+async def _piloted(here: _Run, evidence: Evidence, latents: Latents, bench: Workbench, run_id: str) -> bool:
+    """Let the pilot and the cascade's control subset show what all others rest on; return whether both are stored."""
+    whole = await _pilot(here, evidence, latents, bench, run_id)
+    return await _control(here, evidence, latents, bench, run_id) and whole
+
+
+async def _control(here: _Run, evidence: Evidence, latents: Latents, bench: Workbench, run_id: str) -> bool:
+    """Give the cascade what its control subset has shown; return whether it is stored, since no call was missing."""
+    config, writer, dictionary, cascade = here.config, here.writer, evidence.dictionary, bench.cascade
+    if cascade is None or not config.cascade.control:
+        return True
+    by_name = {evaluator.name: evaluator.clustering for evaluator in piloted(bench)}
+    cascade.score.clustering = {name: by_name[name] for name in ("detection", "fuzzing") if by_name.get(name)}
+    frozen = writer.pilot(run_id, dictionary)
+    complete = CASCADE in frozen
+    if complete:
+        control = Control.restored(frozen[CASCADE])
+    else:
+        chosen = subset_of(evidence, latents, config.cascade.control, config.seed)
+        here.progress.say(f"cascade: {len(chosen)} random latents climb every rung, and draw best-of-N at equal cost")
+        with here.progress.stage("control", len(chosen), "latents") as advance:
+            seen = _publishing(here, lambda records: None, advance)
+            shown = await run_control(evidence, chosen, bench, config.label.concurrency, here.stop, seen)
+        if shown is None:
+            raise Interrupted
+        control, complete = shown
+        if complete:  # What is recorded rests on an earlier one about which calls were missing.
+            writer.forget_incomplete(run_id, dictionary, all_of_it=True)
+            writer.set_pilot(run_id, dictionary, {**frozen, CASCADE: control.described()})
+        writer.set_control(run_id, dictionary, control.records)
+    cascade.gains, cascade.screening = control.gains, control.screening
+    return complete
+
+
+async def _pilot(here: _Run, evidence: Evidence, latents: Latents, bench: Workbench, run_id: str) -> bool:
     """Give evaluators what the run's pilot has shown; return whether it is stored, since no call was missing."""
     writer, dictionary = here.writer, evidence.dictionary
     evaluators = piloted(bench)
@@ -271,15 +309,17 @@ async def _pilot(here: _Run, evidence: Evidence, latents: Sequence[int], bench: 
             writer.forget_incomplete(run_id, dictionary, all_of_it=True)
             writer.set_pilot(run_id, dictionary, described(found))
     writer.forget_incomplete(run_id, dictionary)
-    for evaluator in evaluators:
-        evaluator.clustering = found[evaluator.name]
+    named = {evaluator.name for evaluator in evaluators}
+    for evaluator in (*bench.evaluators, *bench.thorough):
+        if evaluator.name in named:
+            cast(Any, evaluator).clustering = found[evaluator.name]
     return complete
 
 
-async def _label(here: _Run, evidence: Evidence, latents: Sequence[int], bench: Workbench, run_id: str) -> None:
+async def _label(here: _Run, evidence: Evidence, latents: Latents, bench: Workbench, run_id: str) -> None:
     writer, label = here.writer, here.config.label
-    done = set(writer.labeled(run_id, evidence.dictionary).tolist())
-    missing = [latent for latent in latents if latent not in done]
+    done = writer.labeled(run_id, evidence.dictionary)
+    missing = in_order(np.setdiff1d(latents, done), bench.first)
     with here.progress.stage("labeling", len(latents), "latents", done=len(done)) as advance:
         write = _publishing(here, lambda records: writer.record(run_id, records), advance)
         batch = Batch(write, label.batch)

@@ -15,7 +15,8 @@ An instrument says by the names of its parameters what it is made with, and whoe
     stopping     when to ask no more about a latent (`label.stop_at`)
     clustering   how the judge's errors cluster: left out here, and set once the pilot has shown it
 
-All other parameters are options: `label.explainer_options`, `label.judge_options`, `label.evaluator_options.NAME`.
+All other parameters are options: `label.explainer_options`, `label.judge_options`, `label.evaluator_options.NAME`,
+`cascade.options.RUNG`.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from exegete.agent.climbing import REFINE, Cascade
 from exegete.agent.config import RunConfig
 from exegete.agent.graph import Workbench
 from exegete.agent.models import Models, check_models
-from exegete.evaluators import evaluator_names, judge_names
+from exegete.agent.ordering import Latents
+from exegete.agent.routing import Rule
+from exegete.evaluators import Judge, evaluator_names, judge_names
 from exegete.evaluators.contract import maker_of
 from exegete.evaluators.typing import INPUT_EVALUATORS, OUTPUT_EVALUATORS, deciding_evaluators, least_controls
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.evidence import Evidence
-from exegete.tools.explainers import explainer_names
+from exegete.tools.explainers import Explainer, explainer_names
 from exegete.tools.explainers.contract import maker_of as explainer_maker
+from exegete.tools.explainers.refining import Refiner
 from exegete.tools.seeds import generator
 
 if TYPE_CHECKING:
@@ -60,6 +65,10 @@ _SUPPLIED = (
     *("client", "scorer", "embedder", "model", "dictionary", "rates", "effects", "explainer", "score", "background"),
     *("stopping", "clustering"),
 )
+_NIGHT: Mapping[str, Mapping[str, Any]] = {"detection": {"items_per_class": 10}, "fuzzing": {"items_per_class": 10}}
+"""Options of the profile `night`."""
+_PREDICATES = ("lexical",)
+"""Explainers that always give a predicate, and make no call."""
 _NAMED = ("embedder", "explainer")
 """Supplied, but by a name that may be an option."""
 
@@ -76,6 +85,7 @@ def check_workbench(config: RunConfig) -> None:
     _check(config, "judge", label.judge, label.judge_options)
     for name in label.evaluators:
         _check(config, "evaluator", name, label.evaluator_options.get(name, {}))
+    _check_cascade(config)
     for name in label.evaluator_options:
         _maker("evaluator", name)
     _check_control(config)
@@ -84,9 +94,9 @@ def check_workbench(config: RunConfig) -> None:
 
 
 def open_workbench(
-    config: RunConfig, inputs: Inputs | None, evidence: Evidence, latents: Sequence[int], models: Models
+    config: RunConfig, inputs: Inputs | None, evidence: Evidence, latents: Latents, models: Models
 ) -> Workbench:
-    """Return the instruments for the `latents` of one dictionary, in the order in which they are to be labeled.
+    """Return the instruments for the `latents` of one dictionary, ascending.
 
     Raises:
         UserError: an instrument cannot be made: a model cannot be loaded, or the evidence lacks what it needs.
@@ -94,14 +104,18 @@ def open_workbench(
     label = config.label
     supplies = _Supplies(config, inputs, evidence, latents, models)
     judge = supplies.make("judge", label.judge, label.judge_options)
+    cascade = supplies.cascade(judge) if config.cascade.rungs else None
+    night = label.profile == "night"
     return Workbench(
         dictionary=evidence.dictionary,
-        explainer=supplies.make("explainer", label.explainer, label.explainer_options),
+        explainer=cast(Explainer, cascade.writers[label.explainer])
+        if cascade
+        else supplies.make("explainer", label.explainer, label.explainer_options),
         judge=judge,
-        evaluators=[
-            supplies.make("evaluator", name, label.evaluator_options.get(name, {})) for name in label.evaluators
-        ],
+        evaluators=supplies.evaluators(_NIGHT if night else {}),
         seed=config.seed,
+        cascade=cascade,
+        thorough=supplies.evaluators({}) if night else (),
     )
 
 
@@ -112,22 +126,47 @@ class _Supplies:
     config: RunConfig
     inputs: Inputs | None
     evidence: Evidence
-    latents: Sequence[int]
+    latents: Latents
     models: Models
 
+    def evaluators(self, profile: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+        """Return the evaluators, with the options of a profile where the configuration has none of its own."""
+        label = self.config.label
+        return [
+            self.make("evaluator", name, {**profile.get(name, {}), **label.evaluator_options.get(name, {})})
+            for name in label.evaluators
+        ]
+
+    def cascade(self, judge: Judge) -> Cascade:
+        """Return the rungs of the configured cascade, before its control subset has shown anything."""
+        from exegete.evaluators.refine_score import RefineScore
+
+        cascade = self.config.cascade
+        screened = _screened(self.config)
+        predicate = self.make("judge", "predicate", {}) if screened else None
+        return Cascade(
+            rule=Rule(cascade.target, cascade.worth_usd, cascade.rungs),
+            writers={name: self.make("explainer", name, _rung_options(self.config, name)) for name in cascade.rungs},
+            score=RefineScore(judge, cascade.items_per_class),
+            screen=RefineScore(predicate, cascade.items_per_class) if predicate is not None else None,
+            screened=screened,
+            rounds=cascade.rounds,
+            patience=cascade.patience,
+        )
+
     def make(self, kind: Kind, name: str, options: Mapping[str, Any]) -> Any:
+        """Return an instrument, made with what its parameters ask for."""
         maker = _maker(kind, name)
         given = _checked_options(kind, name, maker, options)
         for parameter in _supplied(self.config, maker):
-            value = self._supply(kind, parameter, given.get(parameter))
+            value = self._supply(kind, name, parameter, given.get(parameter))
             if value is not None:
                 given[parameter] = value
         return maker(**given)
 
-    def _supply(self, kind: Kind, parameter: str, chosen: str | None) -> Any:
-        models = self.config.models
+    def _supply(self, kind: Kind, name: str, parameter: str, chosen: str | None) -> Any:
         if parameter == "client":
-            return self.models.client((models.explainer if kind == "explainer" else models.judge) or "")
+            return self.models.client(_asked_by(self.config, kind, name) or "")
         if parameter == "embedder":
             return self.models.embedder(chosen)
         if parameter == "explainer":
@@ -161,7 +200,7 @@ class _Supplies:
         from exegete.tools.explainers.background import background
 
         drawn = generator(self.config.seed, "background", self.evidence.dictionary).permutation(len(self.latents))
-        others = self.evidence.read([self.latents[i] for i in drawn[:BACKGROUND_LATENTS]], "explain")
+        others = self.evidence.read(self.latents[drawn[:BACKGROUND_LATENTS]].tolist(), "explain")
         return background(others)
 
     def _stopping(self) -> Any:
@@ -180,6 +219,24 @@ class _Supplies:
         return LiveModel(self.inputs.subject, [self.inputs.dictionary])
 
 
+def _asked_by(config: RunConfig, kind: Kind, name: str) -> str | None:
+    """Return the language model that an instrument asks."""
+    models = config.models
+    return config.cascade.models.get(name, models.explainer) if kind == "explainer" else models.judge
+
+
+def _rung_options(config: RunConfig, name: str) -> Mapping[str, Any]:
+    own = config.label.explainer_options if name == config.label.explainer else {}
+    return {**own, **config.cascade.options.get(name, {})}
+
+
+def _screened(config: RunConfig) -> frozenset[str]:
+    """Return the rungs that are weighed by running predicates: those whose explainer makes no call, if a model judges."""
+    if not config.cascade.screen or config.label.judge == "predicate" or not config.cascade.control:
+        return frozenset()
+    return frozenset(name for name in config.cascade.rungs if name in _PREDICATES)
+
+
 def control_latents(config: RunConfig, evidence: Evidence, like: Evidence) -> list[int]:
     """Return the latents of a random-weight control that are labeled, ascending: live ones that fire as often as those of `like`.
 
@@ -189,22 +246,22 @@ def control_latents(config: RunConfig, evidence: Evidence, like: Evidence) -> li
     Raises:
         UserError: too few of them are live for a bar.
     """
-    live = [latent for latent, status in evidence.statuses.items() if status == "live"]
+    live = evidence.live
     least = least_controls(len(deciding_evaluators(config.label.evaluators)))
     if len(live) < least:
         raise UserError(
-            f"only {len(live)} of {len(evidence.statuses):,} latents of the random-weight control are neither dead, rare nor "
+            f"only {len(live)} of {len(evidence.latents):,} latents of the random-weight control are neither dead, rare nor "
             f"dense, and typing by it takes {least}: read more text, or set label.random_control = 0"
         )
     rng = generator(config.seed, "random control", evidence.dictionary)
     rates, left = np.log(evidence.densities()[live]), np.ones(len(live), dtype=np.bool_)
-    own = like.densities()[[latent for latent, status in like.statuses.items() if status == "live"]]
+    own = like.densities()[like.live]
     wanted = np.resize(rng.permutation(np.log(own) if len(own) else rates), min(config.label.random_control, len(live)))
     chosen = []
     for rate in wanted:
         nearest_rate = int(np.where(left, np.abs(rates - rate), np.inf).argmin())
         left[nearest_rate] = False
-        chosen.append(live[nearest_rate])
+        chosen.append(int(live[nearest_rate]))
     return sorted(chosen)
 
 
@@ -228,6 +285,29 @@ def _check_control(config: RunConfig) -> None:
         )
 
 
+def _check_cascade(config: RunConfig) -> None:
+    label, cascade = config.label, config.cascade
+    if not cascade.rungs:
+        return
+    writers = [name for name in cascade.rungs if name != REFINE]
+    if label.explainer != writers[-1]:
+        raise UserError(
+            f"label.explainer = {label.explainer!r} beside cascade.rungs = {list(cascade.rungs)}: leave it out, the rungs explain"
+        )
+    for name in cascade.rungs:
+        _check(config, "explainer", name, _rung_options(config, name))
+    lacking = [name for name in ("detection", "fuzzing") if name not in label.evaluators]
+    if cascade.control and lacking:
+        raise UserError(
+            f"cascade.control = {cascade.control} measures the routing by detection and fuzzing on the test split: add {lacking[0]!r} "
+            "to label.evaluators, or set cascade.control = 0"
+        )
+    if cascade.worth_usd is not None and not cascade.control:
+        raise UserError(
+            f"cascade.worth_usd = {cascade.worth_usd} needs to know what a rung gains: set cascade.control to 10 or more"
+        )
+
+
 def _check(config: RunConfig, kind: Kind, name: str, options: Mapping[str, Any]) -> None:
     maker = _maker(kind, name)
     given = _checked_options(kind, name, maker, options)
@@ -239,8 +319,9 @@ def _check_asked(config: RunConfig) -> None:
     """Raise UserError where a language model is named that nothing would ask: the offline path must not pass for it."""
     label, models = config.label, config.models
     asked = set()
-    if {"client", "explainer"} & set(_supplied(config, _maker("explainer", label.explainer))):
-        asked.add(models.explainer)
+    for name in config.cascade.rungs or (label.explainer,):
+        if {"client", "explainer"} & set(_supplied(config, _maker("explainer", name))):
+            asked.add(_asked_by(config, "explainer", name))
     judging: list[tuple[Kind, str]] = [("judge", label.judge), *(("evaluator", name) for name in label.evaluators)]
     if any("client" in _supplied(config, _maker(kind, name)) for kind, name in judging):
         asked.add(models.judge)
@@ -257,6 +338,8 @@ def _check_asked(config: RunConfig) -> None:
 
 def _maker(kind: Kind, name: str) -> Callable[..., Any]:
     known = _NAMES[kind]()
+    if kind == "explainer" and name == REFINE:
+        return Refiner
     if name not in known:
         raise UserError(f"no {kind} is named {name!r}; there are: {', '.join(known)}.{nearest(name, known)}")
     return explainer_maker(name) if kind == "explainer" else maker_of(kind, name)
@@ -274,7 +357,7 @@ def _supplied(config: RunConfig, maker: Callable[..., Any]) -> list[str]:
 def _require(config: RunConfig, kind: Kind, name: str, parameter: str, chosen: str | None) -> None:
     """Raise UserError where what an instrument is made with is not configured."""
     models = config.models
-    if parameter == "client" and (models.explainer if kind == "explainer" else models.judge) is None:
+    if parameter == "client" and _asked_by(config, kind, name) is None:
         field = "explainer" if kind == "explainer" else "judge"
         raise UserError(f"{kind} {name!r} asks a language model: name one, --model SPEC or models.{field} = SPEC")
     if parameter == "scorer" and models.scorer is None:

@@ -113,11 +113,38 @@ class Evidence:
         """The fingerprint of the dictionary that the evidence is of."""
         return str(self.provenance["dictionary"])
 
-    @cached_property
+    @property
     def statuses(self) -> dict[int, Status]:
-        """Latent → status, ascending by latent."""
+        """Latent → status, ascending by latent: for few latents; `latents` and `live` do for any number."""
         rows = self._query("SELECT latent, status FROM latents ORDER BY latent").fetchall()
         return dict(rows)
+
+    @cached_property
+    def latents(self) -> NDArray[np.int64]:
+        """All latents, ascending, shape (latent,)."""
+        found: NDArray[np.int64] = self._column("latent").astype(np.int64)
+        return found
+
+    @cached_property
+    def live(self) -> NDArray[np.int64]:
+        """The latents that are neither dead, rare nor dense, ascending, shape (live latent,)."""
+        return self.latents[self._column("status = 'live'").astype(np.bool_)]
+
+    def silent(self) -> dict[str, NDArray[np.int64]]:
+        """Return dead, rare and dense → the latents that are so, ascending."""
+        status = self._column("status").astype(str)
+        return {name: self.latents[status == name] for name in ("dead", "dense", "rare")}
+
+    def rates(self) -> NDArray[np.float64]:
+        """Return the share of tokens on which each of `latents` fires, shape (latent,); NaN where it is not known (imports)."""
+        column = np.ma.filled(self._column("coalesce(density, 'nan'::DOUBLE)"), np.nan)
+        return np.asarray(column, dtype=np.float64)
+
+    def _column(self, expression: str) -> NDArray[Any]:
+        """Return an expression over the latents, ascending by latent."""
+        found = self._query(f"SELECT {expression} AS found FROM latents ORDER BY latent").fetchnumpy()["found"]
+        column: NDArray[Any] = found
+        return column
 
     def densities(self) -> NDArray[np.float64]:
         """Return the share of tokens on which each latent fires, shape (latent,).

@@ -268,7 +268,8 @@ def test_a_control_takes_live_latents(tmp_path: Path) -> None:
         dictionary = "sha256:toy"
 
         def __init__(self, live: int) -> None:
-            self.statuses = {latent: "live" if latent % 2 and latent < 2 * live else "rare" for latent in range(200)}
+            self.latents = np.arange(200)
+            self.live = self.latents[(self.latents % 2 == 1) & (self.latents < 2 * live)]
 
         def densities(self) -> Any:
             return np.array([0.001 * latent for latent in range(200)])
@@ -277,7 +278,7 @@ def test_a_control_takes_live_latents(tmp_path: Path) -> None:
         return control_latents(config(tmp_path), Sparse(live), like)  # type: ignore[arg-type]
 
     any_rate, often = Sparse(60), Sparse(60)
-    often.statuses = {latent: "live" if 60 <= latent < 84 else "dead" for latent in range(200)}
+    often.live = np.arange(60, 84)
     assert len(chosen(60, any_rate)) == CONTROL and all(latent % 2 for latent in chosen(60, any_rate))
     assert chosen(60, any_rate) == sorted(set(chosen(60, any_rate)))
     # Rates of 0.060 … 0.083: the twelve odd latents there, and twelve more from around.
