@@ -2,11 +2,12 @@
 
 1. The question is the last user message with numbered tags; those before it are examples, one after it asks for a repair.
 2. Tags stand on lines of their own: `<explanation>…</explanation>`, `<window N>…</window>`, `<silent N>…</silent>`,
-   `<continuation N>…`, `<hypothesis N …>…`, `<promoted …>…`; `<list N>` with a token on a line, and `<passage>` with
-   lines `N: token`. `<<…>>` marks a run of tokens.
+   `<missed N>…`, `<claimed N>…`, `<continuation N>…`, `<hypothesis N …>…`, `<promoted …>…`; `<list N>` with a token on a
+   line, and `<passage>` with lines `N: token`. `<<…>>` marks a run of tokens.
 3. With an explanation, windows are rated where the instructions say so, else they are detection, or fuzzing where the
    instructions speak of marked tokens; a passage is simulation; continuations and lists are a choice; texts are to be
    written where so many are asked for. Without one, windows and promoted tokens are to be explained, hypotheses merged.
+   A draft is to be put right: missed passages are further windows, claimed ones further silent passages.
 4. Tokens of windows are not in a prompt: text is cut anew as GPT-2 cuts it, roughly, at words with their leading space,
    and at the borders of marks.
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Task = Literal["detection", "fuzzing", "rating", "simulation", "choice", "write", "explain", "merge"]
-_TAGS = re.compile(r"^<(window|silent|continuation|hypothesis|predicate) (\d+)[^>\n]*>(.*)</\1>$", re.MULTILINE)
+_NUMBERED = "window|silent|missed|claimed|continuation|hypothesis|predicate"
+_TAGS = re.compile(rf"^<({_NUMBERED}) (\d+)[^>\n]*>(.*)</\1>$", re.MULTILINE)
 _EXPLANATION = re.compile(r"^<explanation>(.*)</explanation>$", re.MULTILINE)
 _PASSAGE = re.compile(r"^<passage>\n(.*?)^</passage>$", re.MULTILINE | re.DOTALL)
 _LIST = re.compile(r"^<list (\d+)>\n(.*?)^</list \1>$", re.MULTILINE | re.DOTALL)
@@ -107,8 +109,12 @@ def _explaining(question: str) -> Reading | None:
     promoted = tuple(_PIECE.findall(original("".join(_PROMOTED.findall(question)))))
     windows, hypotheses = _tagged(question, "window"), tuple(_tagged(question, "hypothesis"))
     if windows or promoted:
+        firing = tuple(map(_passage, [*windows, *_tagged(question, "missed")]))
         silent = tuple(map(_passage, _tagged(question, "silent")))
-        return Reading("explain", "", tuple(map(_passage, windows)), silent, promoted=tuple(map(json.loads, promoted)))
+        # What is marked in a claimed passage is what the latent does not fire on.
+        claimed = (_passage(one) for one in _tagged(question, "claimed"))
+        silent += tuple(replace(one, marked=(False,) * len(one.tokens)) for one in claimed)
+        return Reading("explain", "", firing, silent, promoted=tuple(map(json.loads, promoted)))
     predicates = tuple(original(text) for tag, _, text in _TAGS.findall(question) if tag == "predicate")
     return Reading("merge", hypotheses=hypotheses, predicates=predicates) if hypotheses else None
 

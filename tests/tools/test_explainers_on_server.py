@@ -11,16 +11,18 @@ import pytest
 from language_model_server import Running, serving
 
 from exegete.evaluators import make_judge
+from exegete.evaluators.contract import JudgedItem, Verdict
 from exegete.evaluators.refine_score import RefineScore
 from exegete.tools.embedders import Vectors
 from exegete.tools.evidence import restrict
 from exegete.tools.explainers import Explanation, NotExplained, make_explainer
 from exegete.tools.explainers.one_shot import OneShotExplainer
 from exegete.tools.explainers.output import OutputEffects
+from exegete.tools.explainers.refining import Refiner, find_mistakes
 from exegete.tools.llm import Client, MemoryJournal, open_client
 from exegete.tools.windows import LatentEvidence
 
-from planted import cat_evidence
+from planted import cat_evidence, window
 
 TEXT = "The word cat, line\nbreak."
 ANSWER = {"explanation": TEXT, "predicate": 'word is "cat"'}
@@ -82,6 +84,27 @@ def test_each_explainer_gives_a_parsed_explanation(name: str, client: Client, se
     found = explain(client, name)
     assert found is not None and (found.text, found.explainer) == ("The word cat, line break.", name)
     assert found.predicate == (None if name == "output" else 'word in {"cat"}') and found.model == client.name
+
+
+def test_a_revision_names_what_was_missed_and_not_what_was_claimed(client: Client, server: Running) -> None:
+    server.behave("writer", answer="oracle")
+    missed, claimed = (window(n, tokens, "refine") for n, tokens in ((1, (" a", " cat")), (2, (" b5", " dog"))))
+    wrong = {
+        "detection": [JudgedItem(missed, None, True, Verdict(False), 0)],
+        "fuzzing": [JudgedItem(claimed, (1,), False, Verdict(True), 0)],
+    }
+
+    async def revised() -> Explanation | None:
+        parent = Explanation("Dogs.", 'word is "dog"')
+        evidence = restrict(cat_evidence(), "refine")
+        try:
+            return await Refiner(client, windows=1).revise(evidence, parent, "sha256:1", find_mistakes(wrong, 0), 0, 1)
+        finally:
+            await client.close()
+
+    found = asyncio.run(revised())
+    assert found is not None and found.parent == "sha256:1" and found.model == client.name
+    assert found.predicate == found.text == 'word in {"cat"}'
 
 
 def test_best_of_with_a_judge_on_the_server(client: Client, server: Running) -> None:
