@@ -168,7 +168,7 @@ class Bars:
         from rich.table import Table
         from rich.text import Text
 
-        stage = self._stages.snapshot().stage
+        stage = self._stages.glance().stage
         if stage is None:
             return Text()
         told = visible(stage_text(stage)).removeprefix(f"{visible(stage.name)}: ")
@@ -258,7 +258,7 @@ def _stage(stages: Vitals, name: str, total: int, unit: str, done: int, say: Cal
 
 
 def _facts(vitals: Vitals | None) -> list[str]:
-    return [] if vitals is None else facts(vitals.snapshot())
+    return [] if vitals is None else facts(vitals.glance())
 
 
 def _notebook_display() -> Callable[..., Any] | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60
 NORMAL_95 = 1.959964
+GLANCE_S = 0.1
 
 
 class BudgetLike(Protocol):
@@ -130,7 +131,9 @@ class Vitals:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Take the time in seconds from `clock`."""
         self._clock = clock
-        self._lock = threading.Lock()
+        # A signal's handler may look while its own thread counts.
+        self._lock = threading.RLock()
+        self._last: Snapshot | None = None
         self._began = clock()
         self._run: str | None = None
         self._stages: list[_Stage] = []
@@ -186,16 +189,31 @@ class Vitals:
     def snapshot(self) -> Snapshot:
         """Return everything at this moment."""
         with self._lock:
-            now = self._clock()
-            return Snapshot(
-                self._run,
-                now - self._began,
-                self._stages[-1].vitals(now) if self._stages else None,
-                _together(self._calls.values()).vitals(),
-                {model: calls.vitals() for model, calls in sorted(self._calls.items())},
-                None if self._budget is None else _budget(self._budget),
-                self._scores(),
-            )
+            return self._now()
+
+    def glance(self) -> Snapshot:
+        """Return everything at this moment, or what was last seen where somebody counts for longer than a tenth of a second.
+
+        Whoever draws looks in this way: a handler of a signal that interrupted the counting may be waiting for the drawing.
+        """
+        if self._lock.acquire(timeout=GLANCE_S):
+            try:
+                self._last = self._now()
+            finally:
+                self._lock.release()
+        return self._last or Vitals(self._clock).snapshot()
+
+    def _now(self) -> Snapshot:
+        now = self._clock()
+        return Snapshot(
+            self._run,
+            now - self._began,
+            self._stages[-1].vitals(now) if self._stages else None,
+            _together(self._calls.values()).vitals(),
+            {model: calls.vitals() for model, calls in sorted(self._calls.items())},
+            None if self._budget is None else _budget(self._budget),
+            self._scores(),
+        )
 
     def _of(self, model: str) -> _Calls:
         return self._calls.setdefault(model, _Calls())

@@ -180,6 +180,28 @@ def test_every_call_counts_however_many_threads_tell_of_it() -> None:
     assert found.stage is not None and found.stage.done == 4_000
 
 
+def test_whoever_draws_does_not_wait_for_whoever_counts() -> None:
+    vitals = Vitals(Clock())
+    vitals.stage_begun("labeling", 3, "latents")
+    assert vitals.glance() == vitals.snapshot()
+    seen: list[Any] = []
+    with vitals._lock:  # As a handler of a signal finds it that came while its own thread was counting.
+        vitals.advanced(1)
+        assert _stage(vitals).done == 1
+        drawing = threading.Thread(target=lambda: seen.append(vitals.glance()))
+        drawing.start()
+        drawing.join(30)
+        assert seen[0].stage.done == 0
+    assert vitals.glance() == vitals.snapshot()
+    with vitals._lock:
+        never_seen = Vitals(Clock())
+        never_seen._lock = vitals._lock
+        drawing = threading.Thread(target=lambda: seen.append(never_seen.glance()))
+        drawing.start()
+        drawing.join(30)
+    assert seen[1].stage is None
+
+
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [(0.4, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7_200, "2 hours"), (2e5, "2 days")],
