@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exegete.agent import audit_cli, instrument_cli, slices_cli
+from exegete.agent import audit_cli, instrument_cli, slices_cli, watch_cli
 from exegete.tools.errors import ExegeteError, UserError
 from exegete.tools.rendering import visible
 
@@ -38,6 +38,16 @@ ModelOption = Annotated[
 ]
 BudgetOption = Annotated[float | None, typer.Option(help="What calls to language models may cost in all, in USD.")]
 NoBudgetOption = Annotated[bool | None, typer.Option("--no-budget", help="Spend without a limit.")]
+OnFinishOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-finish",
+        metavar="COMMAND",
+        help="Shell command to run when it ends, however it ends; EXEGETE_STATUS, EXEGETE_EXIT, EXEGETE_STORE and "
+        "EXEGETE_SUMMARY (a JSON file) tell it how.",
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress, only what is worth keeping.")]
 
 CALLS_MISSING = 3
 """Exit status of a run that finished, but for calls that a language model did not answer."""
@@ -86,6 +96,8 @@ def label(
         str | None, typer.Option(help="Who does the activation pass: ray, ray:2 (local workers) or ray://HOST:PORT.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    on_finish: OnFinishOption = None,
+    quiet: QuietOption = False,
     assignments: SetOption = None,
 ) -> None:
     """Explain and score every latent of a dictionary. Repeating it on the same store goes on where it ended."""
@@ -108,15 +120,21 @@ def label(
 
         _say("\n".join(plan(settled)))
     else:
-        _run(settled)
+        _run(settled, on_finish, quiet)
 
 
 @app.command()
-def resume(store: StoreOption = DEFAULT_STORE, budget: BudgetOption = None, no_budget: NoBudgetOption = None) -> None:
+def resume(
+    store: StoreOption = DEFAULT_STORE,
+    budget: BudgetOption = None,
+    no_budget: NoBudgetOption = None,
+    on_finish: OnFinishOption = None,
+    quiet: QuietOption = False,
+) -> None:
     """Go on with the newest run of a store, with the configuration it was begun with; `--budget` is for the whole run."""
     from exegete.agent.config import restored_config
+    from exegete.agent.identity import takes_up
     from exegete.agent.inspection import newest_run
-    from exegete.agent.run import takes_up
 
     run, dictionary, stored = newest_run(store)
     config = restored_config(stored, {"store": str(store), **_money(budget, no_budget)})
@@ -125,15 +143,7 @@ def resume(store: StoreOption = DEFAULT_STORE, budget: BudgetOption = None, no_b
             "the newest run was begun by another version of exegete, whose runs had other settings: this begins it anew, beside it",
             err=True,
         )
-    _run(config)
-
-
-@app.command()
-def status(store: StoreOption = DEFAULT_STORE) -> None:
-    """Say how far the runs of a store are; works while one is going on."""
-    from exegete.agent.inspection import status_lines
-
-    _say("\n".join(status_lines(store)))
+    _run(config, on_finish, quiet)
 
 
 @app.command()
@@ -206,6 +216,7 @@ def doctor(
 app.registered_commands += instrument_cli.app.registered_commands
 app.registered_commands += audit_cli.app.registered_commands
 app.registered_commands += slices_cli.app.registered_commands
+app.registered_commands += watch_cli.app.registered_commands
 
 
 @evidence_app.command("import")
@@ -234,17 +245,27 @@ def export_evidence(
     _say(f"{export_evidence(store, file, dictionary):,} latents → {file}")
 
 
-def _run(config: RunConfig) -> None:
+def _run(config: RunConfig, on_finish: str | None = None, quiet: bool = False) -> None:
+    from exegete.agent.finishing import finishing
+
+    with finishing(on_finish, Path(config.store), lambda line: typer.echo(visible(line), err=True)):
+        _run_and_tell(config, quiet)
+
+
+def _run_and_tell(config: RunConfig, quiet: bool) -> None:
+    from exegete.agent.final_report import time_and_money_lines
     from exegete.agent.inspection import calls_lines
+    from exegete.agent.progress import default_progress
     from exegete.agent.run import run
     from exegete.agent.summary import headline
 
-    outcome = run(config)
+    outcome = run(config, default_progress(quiet))
     for dictionary, figures in outcome.figures.items():
         _say(f"\n{dictionary}")
         _say("\n".join(headline(figures)))
     for line in calls_lines(outcome.store, outcome.runs):
         _say(f"\n{line}")
+    _say("\n".join(time_and_money_lines(outcome.store, outcome.runs)))
     for dictionary, latents in outcome.missing.items():
         if latents:
             _say(
