@@ -213,9 +213,9 @@ def plan(config: RunConfig) -> list[str]:
 
 def _dry(config: RunConfig, inputs: Inputs | None, evidence: Evidence) -> list[str]:
     """Return the plan of labeling one dictionary, measured without a run."""
+    from exegete.agent.identity import identity
     from exegete.agent.models import Models, budget_of
     from exegete.agent.ordering import chosen_latents, stratified_subset
-    from exegete.agent.run import identity
     from exegete.agent.workbench import open_workbench
     from exegete.tools.llm import MemoryJournal
     from exegete.tools.store import id_of_run

@@ -83,7 +83,7 @@ def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
     store = Store.create_or_open(folder)
     _fill(store, latents)
     made = time.perf_counter() - begun
-    opening._wire = lambda spec, limits, device: ScriptedWire()  # type: ignore[assignment]
+    opening._wire = lambda spec, limits, device: ScriptedWire()
     overrides = {
         "store": str(folder),
         "models.explainer": ScriptedWire.name,

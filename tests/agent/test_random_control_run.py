@@ -18,7 +18,7 @@ from planted_store import tables
 
 import exegete
 from exegete.agent import gathering
-from exegete.agent import run as running
+from exegete.agent import stages as running
 from exegete.agent.config import RunConfig, load_config
 from exegete.agent.engine import label_latents
 from exegete.agent.inspection import status_lines
@@ -27,7 +27,8 @@ from exegete.agent.models import Halted
 from exegete.agent.planning import plan
 from exegete.agent.progress import Lines
 from exegete.agent.report import write_report
-from exegete.agent.run import Outcome, identity, run
+from exegete.agent.identity import identity
+from exegete.agent.run import Outcome, run
 from exegete.agent.summary import headline
 from exegete.agent.typed import too_few, typed_latents
 from exegete.agent.workbench import check_workbench, control_latents
