@@ -42,17 +42,17 @@ COMMENT ON MACRO TABLE search_words IS 'search_words(phrase, most := 20): explan
 
 CREATE MACRO search_meaning(query, most := 20, of_model := NULL) AS TABLE
 WITH scanned AS (
-    SELECT avg(cosine) AS cosine_mean, arg_max(found, cosine, most) AS best FROM (
-        SELECT {'dictionary': dictionary, 'latent': latent, 'explanation_id': explanation_id, 'cosine': cosine} AS found, cosine
-        FROM (
-            SELECT dictionary, latent, explanation_id, list_inner_product(vector, query::FLOAT[]) AS cosine FROM embeddings
-            WHERE len(vector) = len(query) AND model = coalesce(of_model, model)
-        )
+    SELECT avg(cosine) AS cosine_mean,
+-- Compared in the order of their fields, so that which of several equal ones are kept depends on nothing else.
+           max({'cosine': cosine, 'turned': -latent, 'dictionary': dictionary, 'explanation_id': explanation_id}, most) AS best
+    FROM (
+        SELECT dictionary, latent, explanation_id, list_inner_product(vector, query::FLOAT[]) AS cosine FROM embeddings
+        WHERE len(vector) = len(query) AND model = coalesce(of_model, model)
     )
 ), found AS (SELECT unnest(best, recursive := true), cosine_mean FROM scanned)
-SELECT f.dictionary, f.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
-FROM found f JOIN explanations e USING (dictionary, latent, explanation_id)
-ORDER BY f.cosine DESC, f.dictionary, f.latent, f.explanation_id;
+SELECT f.dictionary, e.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
+FROM found f JOIN explanations e ON e.latent = -f.turned AND e.dictionary = f.dictionary AND e.explanation_id = f.explanation_id
+ORDER BY f.cosine DESC, f.dictionary, e.latent, f.explanation_id;
 COMMENT ON MACRO TABLE search_meaning IS 'search_meaning(vector, most := 20, of_model := NULL): explanations nearest to a vector of unit length by cosine, beside the mean cosine to all (what an explanation at random has).';
 
 CREATE MACRO nearest_explanations(of_dictionary, of_latent, most := 20) AS TABLE
@@ -62,18 +62,17 @@ WITH own AS MATERIALIZED (
     WHERE starts_with(m.dictionary, of_dictionary) AND m.latent = of_latent
     ORDER BY b.explanation_id IS NULL, m.explanation_id, m.model LIMIT 1
 ), scanned AS (
-    SELECT avg(cosine) AS cosine_mean, arg_max(found, cosine, most) AS best FROM (
-        SELECT {'dictionary': dictionary, 'latent': latent, 'explanation_id': explanation_id, 'cosine': cosine} AS found, cosine
-        FROM (
-            SELECT m.dictionary, m.latent, m.explanation_id, list_inner_product(m.vector, own.vector) AS cosine
-            FROM embeddings m, own
-            WHERE m.model = own.model AND NOT (m.latent = of_latent AND starts_with(m.dictionary, of_dictionary))
-        )
+    SELECT avg(cosine) AS cosine_mean,
+           max({'cosine': cosine, 'turned': -latent, 'dictionary': dictionary, 'explanation_id': explanation_id}, most) AS best
+    FROM (
+        SELECT m.dictionary, m.latent, m.explanation_id, list_inner_product(m.vector, own.vector) AS cosine
+        FROM embeddings m, own
+        WHERE m.model = own.model AND NOT (m.latent = of_latent AND starts_with(m.dictionary, of_dictionary))
     )
 ), found AS (SELECT unnest(best, recursive := true), cosine_mean FROM scanned)
-SELECT f.dictionary, f.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
-FROM found f JOIN explanations e USING (dictionary, latent, explanation_id)
-ORDER BY f.cosine DESC, f.dictionary, f.latent, f.explanation_id;
+SELECT f.dictionary, e.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
+FROM found f JOIN explanations e ON e.latent = -f.turned AND e.dictionary = f.dictionary AND e.explanation_id = f.explanation_id
+ORDER BY f.cosine DESC, f.dictionary, e.latent, f.explanation_id;
 COMMENT ON MACRO TABLE nearest_explanations IS 'nearest_explanations(dictionary, latent, most := 20): explanations nearest in meaning to the best one of a latent, of every dictionary, beside the mean cosine to all. The dictionary by fingerprint or its start.';
 
 CREATE MACRO explanation_agreement(dictionary_a, dictionary_b) AS TABLE

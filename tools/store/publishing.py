@@ -15,6 +15,7 @@ from pathlib import Path
 
 import duckdb
 
+from exegete.tools.store.macros import macro_statements
 from exegete.tools.store.parts import sync_file, sync_folder
 from exegete.tools.store.schema import schema_version, utc_now
 from exegete.tools.store.views import WORKED_OUT, view_statements, worked_out_queries
@@ -102,12 +103,13 @@ def _finish(temporary: Path, folder: Path) -> None:
 
 
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
-    """Return the statements that make the views over the tables behind `connection`, for a store in `folder`."""
+    """Return the statements that make the views and macros over the tables behind `connection`, for a store in `folder`."""
     query = "SELECT dictionary, evidence FROM data.dictionaries WHERE evidence NOT LIKE 'controls/%'"
     evidence = dict(connection.execute(query).fetchall())
-    verdicts, calls = (_parts(connection, folder, kind) for kind in ("verdict", "call"))
+    verdicts, calls, embeddings = (_parts(connection, folder, kind) for kind in ("verdict", "call", "embedding"))
     tables = [name for name in WORKED_OUT if _has_table(connection, name)]
-    return view_statements(folder, evidence, verdicts or [], calls, tables)
+    views = view_statements(folder, evidence, verdicts or [], calls, tables, embeddings or [])
+    return views + macro_statements()
 
 
 def _parts(connection: duckdb.DuckDBPyConnection, folder: Path, kind: str) -> list[str] | None:

@@ -89,10 +89,10 @@ def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     if published_in == str(folder) and version == schema_version():
         return
     for statement in statements_for(connection, folder):
-        if not statement.startswith("CREATE VIEW"):
+        if not statement.startswith(("CREATE VIEW", "CREATE MACRO")):
             continue
         try:
-            connection.execute(statement.replace("CREATE VIEW", "CREATE TEMP VIEW", 1))
+            connection.execute(statement.replace("CREATE", "CREATE TEMP", 1))
         except (duckdb.CatalogException, duckdb.BinderException):
             # An older version had not yet the tables or columns of this view: its own view stands, if it had one.
             if version == schema_version():

@@ -1,8 +1,8 @@
 """Running SQL that a language model wrote.
 
-1. The query is parsed: one SELECT, over the documented views and its own subqueries only, no function that reads files.
+1. The query is parsed: one SELECT, over the documented views, the searches and its own subqueries only; no function that reads files.
 2. `examples` stands without the windows of the `test` split, which no agent may see (PROTOCOLS §1).
-3. DuckDB itself is locked to the store's folders of evidence, verdicts and calls, a memory limit and no disk to spill to.
+3. DuckDB itself is locked to the store's folders of evidence, verdicts, calls and embeddings, a memory limit and no disk to spill to.
 4. A timer interrupts it, and only so many rows are fetched.
 """
 
@@ -20,7 +20,8 @@ import duckdb
 from exegete.tools.errors import ToolError, nearest
 from exegete.tools.store.reading import connect
 
-_TABLE_FUNCTIONS = {"unnest", "range", "generate_series"}
+_SEARCHES = {"search_words", "search_meaning", "nearest_explanations", "explanation_agreement"}
+_TABLE_FUNCTIONS = {"unnest", "range", "generate_series", *_SEARCHES}
 _UNSAFE_FUNCTIONS = {"query", "query_table", "getvariable", "current_setting"}
 
 
@@ -128,7 +129,7 @@ def _lock_down(connection: duckdb.DuckDBPyConnection, folder: Path, memory_limit
     found = connection.execute(query).fetchall()[0]
     whole = found[0][found[0].index(" AS ") + 4 :].rstrip().rstrip(";")
     connection.execute(f"CREATE OR REPLACE TEMP VIEW examples AS SELECT * FROM ({whole}) WHERE split <> 'test'")
-    allowed = [str(folder / name) for name in ("evidence", "verdicts", "calls")]
+    allowed = [str(folder / name) for name in ("evidence", "verdicts", "calls", "embeddings")]
     connection.execute("SET temp_directory = ''")
     connection.execute("SET allowed_directories = $1", [allowed])
     connection.execute("SET enable_external_access = false")
