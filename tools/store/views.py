@@ -59,8 +59,9 @@ def view_statements(
     verdict_parts: Sequence[str],
     call_parts: Sequence[str] | None,
     tables: Collection[str],
+    embedding_parts: Sequence[str] = (),
 ) -> list[str]:
-    """Return the statements that make the views and macros (and, after each, its comments).
+    """Return the statements that make the views (and, after each, its comments).
 
     Args:
         store: absolute folder of the store.
@@ -68,6 +69,7 @@ def view_statements(
         verdict_parts: names of the registered parts; the views take their columns from the first.
         call_parts: the same for calls; None where the tables are older than these parts.
         tables: those of `WORKED_OUT` that are there.
+        embedding_parts: the same as `verdict_parts` for embeddings.
     """
     folders = {dictionary: store / folder for dictionary, folder in sorted(evidence.items())}
     finished = {d: f for d, f in folders.items() if (f / "evidence.json").exists()}
@@ -77,6 +79,7 @@ def view_statements(
         "examples": _examples(finished),
         "verdicts": _read(store / "verdicts", verdict_parts) or _empty(_NO_VERDICTS),
         "calls": _calls(store / "calls", call_parts),
+        "embeddings": _read(store / "embeddings", embedding_parts) or _empty(_NO_EMBEDDINGS),
         **worked_out_queries(),
         **{name: f"SELECT * FROM data.{name}" for name in tables},
     }

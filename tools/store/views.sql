@@ -251,6 +251,16 @@ COMMENT ON COLUMN costs.output_tokens IS 'Tokens received.';
 COMMENT ON COLUMN costs.usd IS 'Cost in US dollars of what was answered.';
 COMMENT ON COLUMN costs.unknown_worst_usd IS 'What the unknown calls cost at most.';
 
+CREATE VIEW embeddings AS
+SELECT dictionary, latent, explanation_id, model, vector, code FROM ({{embeddings}});
+COMMENT ON VIEW embeddings IS 'One row an explanation and embedding model: what the text means, as a vector of unit length. Empty where no model embeds (models.embedder).';
+COMMENT ON COLUMN embeddings.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN embeddings.latent IS 'Index of the latent in its dictionary.';
+COMMENT ON COLUMN embeddings.explanation_id IS 'The explanation.';
+COMMENT ON COLUMN embeddings.model IS 'The sentence-transformers model, by name or folder; vectors of different models cannot be compared.';
+COMMENT ON COLUMN embeddings.vector IS 'The vector: list_inner_product of two is their cosine.';
+COMMENT ON COLUMN embeddings.code IS 'The vector with a byte a component, scaled to the largest: what a search reads.';
+
 CREATE VIEW investigations AS
 SELECT investigation_id, question, subject, dictionary, status, answer, parameters, started_at, finished_at FROM data.investigations;
 COMMENT ON VIEW investigations IS 'One row a question that the agent investigated.';
