@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from exegete.agent.cascade_summary import cascade_figures
 from exegete.agent.config import RunConfig
 from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.identity import identity
@@ -173,6 +174,8 @@ async def _label_dictionary(
         )
     writer.set_types(own.run, evidence.dictionary, typed)
     figures = summarise(results, headlines, generator(config.seed, "summary", evidence.dictionary), controls)
+    if bench.cascade is not None:
+        figures["cascade"] = cascade_figures(results, bench.cascade.rule, config.seed)
     writer.finish_run(own.run, "finished", figures)
     return figures, {**missing, evidence.dictionary: results.incomplete()}
 

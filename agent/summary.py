@@ -85,6 +85,10 @@ def headline(figures: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  {baseline.replace('_', ' '):<10} {_text(floor[metric])}; above it by {_text(floor['above'])}"
             )
+    if "cascade" in figures:
+        from exegete.agent.cascade_summary import cascade_lines
+
+        lines += cascade_lines(figures["cascade"])
     return lines
 
 

@@ -14,6 +14,7 @@ import exegete
 from exegete.agent.config import load_config
 from exegete.agent.progress import Lines
 from exegete.agent.run import Outcome, run
+from exegete.agent.summary import headline
 from exegete.tools.errors import UserError
 from exegete.tools.interchange import import_evidence
 from exegete.tools.seeds import generator
@@ -192,3 +193,21 @@ def test_what_is_wrong_is_said_before_anything_is_asked(
     with pytest.raises(UserError, match=message):
         climb(evidence, tmp_path / "store", ["one-shot", "refine"], *assignments)
     assert not wire.asked
+
+
+def test_the_summary_says_what_routing_and_each_rung_are_worth(
+    monkeypatch: pytest.MonkeyPatch, evidence: Path, tmp_path: Path
+) -> None:
+    scripted(monkeypatch, error=0.05)
+    (figures,) = climb(evidence, tmp_path / "store", ["one-shot", "refine"], "cascade.control=24").figures.values()
+    found = figures["cascade"]
+    assert sum(sum(counts.values()) for counts in found["stopped"].values()) == LATENTS
+    own = found["measured"]
+    # Half of the latents need a revision: the rule finds them, so it is as good as climbing always, and better than chance.
+    assert own["routed"]["n"] == LATENTS
+    assert own["routed"]["value"] == pytest.approx(own["climb always"]["value"], abs=0.01)
+    assert own["routed - random at equal cost"]["low"] > 0
+    assert own["cost of routed"]["value"] < own["cost of climb always"]["value"]
+    assert own["gain of refine"]["low"] > 0 and own["best-of"]["value"] < own["climb always"]["value"]
+    lines = "\n".join(headline(figures))
+    assert "cascade: one-shot → refine, target 0.9" in lines and "refine adds" in lines and "flatter by" in lines

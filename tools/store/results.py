@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from exegete.tools.explainers import Explanation
+from exegete.tools.store.records import StepRecord
 
 if TYPE_CHECKING:
     import duckdb
@@ -59,6 +60,26 @@ class RunResults:
         )
         chosen = [list(metrics), list(metrics.values()), *self._key]
         return [Headline(*row) for row in self._connection.execute(query, chosen).fetchall()]
+
+    def control_steps(self) -> list[tuple[int, StepRecord]]:
+        """Return the steps of the cascade's control subset, each behind its latent, by latent and step."""
+        query = (
+            "SELECT latent, step, rung, explanation_id, refine, refine_low, refine_high, refine_n, calls, tokens, usd, decision,"
+            " test, test_n, control FROM data.climbs WHERE run = ? AND dictionary = ? AND control ORDER BY latent, step"
+        )
+        found = self._connection.execute(query, self._key).fetchall()
+        return [(latent, StepRecord(*step)) for latent, *step in found]
+
+    def stopped(self) -> dict[str, dict[str, int]]:
+        """Return rung → why latents stopped there → how many, of all latents that climbed a cascade."""
+        query = (
+            "SELECT rung, decision, count(*) FROM (SELECT rung, decision FROM data.climbs WHERE run = ? AND dictionary = ?"
+            " AND NOT control QUALIFY row_number() OVER (PARTITION BY latent ORDER BY step DESC) = 1) GROUP BY ALL ORDER BY ALL"
+        )
+        found: dict[str, dict[str, int]] = {}
+        for rung, decision, count in self._connection.execute(query, self._key).fetchall():
+            found.setdefault(rung, {})[decision] = count
+        return found
 
     def incomplete(self) -> int:
         """Return about how many latents calls to a language model failed for good."""

@@ -1,0 +1,89 @@
+"""What a run says of its cascade: where latents stopped, what each rung gained and cost, and whether routing paid.
+
+1. Counts are over all latents of the run, by the steps that were recorded of them.
+2. Scores and prices are over the control subset, whose latents climbed every rung and drew best-of-N at equal cost; they are
+   on the test split, cross-fitted, with intervals over latents (`routing_value`).
+3. `flattered` is by how much the refine-split score of the explanation that stands exceeds its test score there: what choosing
+   and revising by it has cost in honesty. The reported scores are not touched by it, since they are on the test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exegete.agent.routing import Rule, ladder
+from exegete.agent.routing_value import measured
+from exegete.evaluators.statistics import paired_interval
+from exegete.tools.errors import UserError
+from exegete.tools.seeds import generator
+from exegete.tools.store.records import StepRecord
+
+if TYPE_CHECKING:
+    from exegete.tools.store.results import RunResults
+
+
+def cascade_figures(results: RunResults, rule: Rule, seed: int) -> dict[str, Any]:
+    """Return the figures of a run's cascade as JSON values: `stopped`, `measured` and `flattered`, the latter two where there is
+    a control subset large enough."""
+    found: dict[str, Any] = {"rungs": list(rule.rungs), "target": rule.target, "stopped": results.stopped()}
+    control = [list(own) for _, own in groupby(results.control_steps(), key=lambda row: row[0])]
+    steps = [[step for _, step in own] for own in control]
+    try:
+        figures = measured(steps, rule, seed)
+    except UserError as error:  # Too few latents have all scores: said, and no figure given.
+        return {**found, "not_measured": str(error)}
+    return {
+        **found,
+        "measured": {one.name: one.described() for one in figures},
+        "flattered": _flattered(steps, rule, seed),
+    }
+
+
+def _flattered(control: Sequence[Sequence[StepRecord]], rule: Rule, seed: int) -> dict[str, Any]:
+    tops = [ladder(steps, rule.rungs)[-1] for steps in control]
+    pairs = [(top.standing.value, top.test) for top in tops if top.standing.value is not None and top.test is not None]
+    refine, test = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    value, low, high = paired_interval(refine, test, generator(seed, "flattered"))
+    return {"value": value, "low": low, "high": high, "n": len(pairs)}
+
+
+def cascade_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Return `cascade_figures` as lines for a terminal."""
+    lines = [f"cascade: {' → '.join(figures['rungs'])}, target {figures['target']:g}"]
+    lines += [f"  {_stops(name, counts)}" for name, counts in figures["stopped"].items()]
+    if "measured" not in figures:
+        return [*lines, f"  routing is not measured: {figures['not_measured']}"]
+    own = figures["measured"]
+    lines.append("  on the control subset, test split:")
+    for name in ("routed", "lowest rung only", "climb always", "random at equal cost", "best-of"):
+        if name in own:
+            cost = own.get(f"cost of {name}")
+            lines.append(f"    {name:<21}{_text(own[name])}" + (f", {_price(cost)}" if cost else ""))
+    for name in ("routed - random at equal cost", "routed - climb always", "climb always - best-of"):
+        if name in own:
+            lines.append(f"    {name.replace(' - ', ' above '):<21} by {_text(own[name])}")
+    for rung in figures["rungs"]:
+        gain, price, rate = (own[f"{what} of {rung}"] for what in ("gain", "price", "gain per cost"))
+        rated = f": {_text(rate, 2)} {rate['unit']}" if rate["value"] is not None else ""
+        lines.append(f"    {rung} adds {_text(gain)} for {_price(price)}{rated}")
+    return [*lines, f"    refine-split scores flatter by {_text(figures['flattered'])}"]
+
+
+def _stops(rung: str, decisions: Mapping[str, int]) -> str:
+    told = ", ".join(f"{count:,} {decision.replace('_', ' ')}" for decision, count in sorted(decisions.items()))
+    return f"{sum(decisions.values()):,} latents stopped on {rung}: {told}"
+
+
+def _text(figure: Mapping[str, Any], digits: int = 3) -> str:
+    if figure["value"] is None:
+        return "undefined"
+    low, high = (f"{figure[limit]:.{digits}f}" if figure[limit] is not None else "–" for limit in ("low", "high"))
+    return f"{figure['value']:.{digits}f} [{low}, {high}] (n = {figure['n']:,})"
+
+
+def _price(figure: Mapping[str, Any]) -> str:
+    return f"{figure['value']:.3g} {figure['unit']}"
