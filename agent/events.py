@@ -36,6 +36,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from exegete.agent.vital_lines import facts, stage_text
+from exegete.agent.vitals import Snapshot
 from exegete.tools.rendering import visible
 
 EVENTS = "events.jsonl"
@@ -195,8 +197,24 @@ def follow(folder: Path, wait: Callable[[], object]) -> Iterator[Event]:
 
 def line_of(event: Event) -> str:
     """Return an event as one line for a terminal."""
+    vitals = vitals_of(event)
+    if vitals is not None:
+        stage = stage_text(vitals.stage) if vitals.stage else "between two stages"
+        return visible(f"{event.time:%Y-%m-%d %H:%M:%S} {event.event} {'; '.join([stage, *facts(vitals)])}")
     told = ", ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in event.fields.items())
     return visible(f"{event.time:%Y-%m-%d %H:%M:%S} {event.event} {told}".rstrip())
+
+
+def vitals_of(event: Event) -> Snapshot | None:
+    """Return the vital signs that an event tells; None where it tells none, or what it tells has another form."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if "vitals" not in event.fields:
+        return None
+    try:
+        return TypeAdapter(Snapshot).validate_python(event.fields["vitals"])
+    except ValidationError:
+        return None
 
 
 def _short(value: Any) -> Any:

@@ -131,4 +131,4 @@ def _cost_line(cost: ModelCosts) -> str:
 
 def _quoted(lines: Sequence[str]) -> list[str]:
     """Return lines as a block of code: what stands in them is no Markdown."""
-    return [f"    {visible(line).strip()}" for line in lines]
+    return [f"    {visible(line).removeprefix('  ')}" for line in lines]

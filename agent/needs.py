@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from exegete.agent.events import ENDS, Event, read_events
+from exegete.agent.events import ENDS, Event, read_events, vitals_of
 from exegete.agent.run_facts import RunFacts
 from exegete.agent.vitals import Snapshot
 
@@ -71,7 +71,7 @@ def last_session(folder: Path) -> Session | None:
         return None
     pid = began.fields.get("pid") if began else None
     beat = newest.get("progress")
-    vitals = _vitals(beat) if beat else None
+    vitals = vitals_of(beat) if beat else None
     return Session(
         pid if isinstance(pid, int) else None, newest.get("end"), vitals, beat.time if beat and vitals else None
     )
@@ -96,8 +96,8 @@ def need_of(store: Path, pid: int | None, newest: RunFacts | None, session: Sess
     if end is None:
         return Need("killed", "its process ended without a word: it was killed, or the machine went down", resume)
     if end.event == "interrupted":
-        in_time = _text(end.fields, "reason") == "time"
-        return Need("stopped", "stopped at its limit in time" if in_time else "stopped on request", resume)
+        late = _text(end.fields, "reason") == "deadline"
+        return Need("stopped", "stopped at its limit in time" if late else "stopped on request", resume)
     return Need("interrupted", "interrupted", resume)
 
 
@@ -130,15 +130,6 @@ def _beyond_budget(session: Session | None, told: str, resume: str) -> Need:
         told = f"stopped at its budget of {budget.max_usd:,.2f} USD, of which {budget.spent_usd:,.2f} USD are spent"
         return Need("budget", told, f"{resume} --budget {2 * budget.max_usd:g}")
     return Need("budget", "stopped at its budget", f"{resume} --budget USD")
-
-
-def _vitals(event: Event) -> Snapshot | None:
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(Snapshot).validate_python(event.fields.get("vitals"))
-    except ValidationError:
-        return None
 
 
 def _text(fields: Mapping[str, object], name: str) -> str:

@@ -163,6 +163,11 @@ class Vitals:
             if self._stages:
                 self._stages[-1].advance(count, self._clock())
 
+    def stage(self) -> StageVitals | None:
+        """Return the stage that began last and has not ended."""
+        with self._lock:
+            return self._stages[-1].vitals(self._clock()) if self._stages else None
+
     def stage_ended(self) -> StageVitals | None:
         """The stage that began last has ended; return how it stood."""
         with self._lock:

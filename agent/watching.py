@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from exegete.tools.store import LatentRecord
 
 BEAT_S = 30.0
+SCORED = ("labeling", "floors")
+"""Stages whose records are the run's results."""
 log = logging.getLogger(__name__)
 _MENDING = (
     ("does not take the key", "key"),
@@ -97,8 +99,10 @@ class Watch:
         )
 
     def recorded(self, records: Sequence[LatentRecord]) -> None:
-        """Records of latents, or of their floors, are in the store."""
-        self.vitals.records(records)
+        """Records of latents, or of their floors, are in the store; those of a pilot, which come again, do not count."""
+        stage = self.vitals.stage()
+        if stage is not None and stage.name in SCORED:
+            self.vitals.records(records)
 
     def published(self, seconds: float) -> None:
         """A snapshot has been published, which took so long."""

@@ -22,8 +22,10 @@ from exegete.agent.events import EVENTS, FIELDS, FORMER, EventLog, follow, line_
 from exegete.agent.models import Halted
 from exegete.agent.progress import Lines
 from exegete.agent.watching import how_it_ended, watched
+from exegete.evaluators.contract import Score
 from exegete.tools.errors import UserError
 from exegete.tools.llm import BudgetUsedUp, Reply
+from exegete.tools.store import LatentRecord
 
 
 class Now:
@@ -256,7 +258,22 @@ def test_a_run_leaves_its_story(tmp_path: Path) -> None:
     assert found[3].fields.items() >= {"stage": "labeling", "done": 3, "total": 3, "complete": True}.items()
     assert found[7].fields == {"failed": {"refused": 3}}
     assert found[8].fields["vitals"]["calls"]["failed"] == {"refused": 3}
+    assert line_of(found[8]).endswith("progress between two stages; calls: 0 answered, 0 in flight, failed: 3 refused")
     assert found[9].fields == {"missing": {"sha256:d": 2}}
+
+
+def test_the_records_of_a_pilot_do_not_count_twice(tmp_path: Path) -> None:
+    score = Score("detection", "balanced_accuracy", 0.5, None, None, n=20, failures=0)
+    record = LatentRecord("sha256:d", 0, "labeled", scores=[("a", score)])
+    with watched(tmp_path, Lines(io.StringIO()), every_s=3_600) as watch:
+        watch.vitals.run_begun("sha256:r", {"detection": "balanced_accuracy"})
+        counted = []
+        for stage in ("pilot", "labeling", "floors", "control"):
+            with watch.stage(stage, 1, "latents"):
+                watch.recorded([record])
+                scores = watch.vitals.snapshot().scores
+                counted.append(scores["detection"].own.n if scores else 0)
+    assert counted == [0, 1, 2, 2]
 
 
 def test_a_run_that_breaks_off_says_why(tmp_path: Path) -> None:

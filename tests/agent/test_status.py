@@ -169,7 +169,7 @@ def test_missing_calls_are_named(make_store: StoreMaker, tmp_path: Path) -> None
 
 def test_a_run_that_drained_says_by_what_it_was_stopped(make_store: StoreMaker, tmp_path: Path) -> None:
     make_store(finish=False)
-    for reason, told in (("signal", "stopped on request"), ("time", "stopped at its limit in time")):
+    for reason, told in (("signal", "stopped on request"), ("deadline", "stopped at its limit in time")):
         with watched(tmp_path / "store", Lines(io.StringIO()), every_s=3_600) as watch:
             watch.interrupted(reason)
         assert need(tmp_path / "store").told == told
