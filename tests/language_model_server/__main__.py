@@ -1,4 +1,4 @@
-"""Serve on a free port of loopback until standard input closes; the port is the first line of standard output."""
+"""Serve on loopback until standard input closes, on the port that is given or a free one: the first line of standard output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .wire import serve
 
 async def main() -> None:
     """Serve until whoever started this process is gone."""
-    server = await serve(Server().handle)
+    server = await serve(Server().handle, int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     gc.freeze()
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
