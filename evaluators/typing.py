@@ -195,4 +195,4 @@ def _columns(rows: Sequence[Scored]) -> Scores:
 
 def _finite(scores: Scores) -> Scores:
     known = np.isfinite(scores.values)
-    return Scores(*(column[known] for column in scores))
+    return Scores(scores.latents[known], scores.values[known], scores.lows[known])

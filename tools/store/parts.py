@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import duckdb
     import pyarrow as pa
 
 
@@ -40,34 +39,6 @@ def write_part(folder: Path, rows: pa.Table, options: Mapping[str, Any] | None =
     temporary.rename(folder / name)
     sync_folder(folder)
     return name
-
-
-SUPERSEDED = (
-    "run = ? AND dictionary = ? AND ((baseline IS NULL AND latent IN (SELECT unnest(?::INTEGER[])))"
-    " OR (baseline IS NOT NULL AND latent IN (SELECT unnest(?::INTEGER[]))))"
-)
-"""Rows of a run about latents that are to be recorded anew: their own, and those of floors."""
-
-
-def superseded_parts(
-    connection: duckdb.DuckDBPyConnection, folder: Path, chosen: Sequence[Any]
-) -> dict[str, tuple[str, int] | None]:
-    """Return the parts that hold rows for which `SUPERSEDED` is true of `chosen`, each with what is to stand in its place.
-
-    That is a new part without them and its rows, or None where nothing is left. The old part stays on disk, since readers of
-    the published snapshot may have it open; it is removed when the store is next opened for writing.
-    """
-    replaced: dict[str, tuple[str, int] | None] = {}
-    for (part,) in connection.execute("SELECT part FROM data.verdict_parts ORDER BY part").fetchall():
-        path = str(folder / part)
-        query = f"SELECT count(*) FROM read_parquet(?) WHERE {SUPERSEDED}"
-        ((found,),) = connection.execute(query, [path, *chosen]).fetchall()
-        if not found:
-            continue
-        query = f"SELECT * FROM read_parquet(?) WHERE NOT ({SUPERSEDED})"
-        rows: pa.Table = connection.sql(query, params=[path, *chosen]).to_arrow_table()
-        replaced[part] = (write_part(folder, rows), rows.num_rows) if rows.num_rows else None
-    return replaced
 
 
 def remove_orphans(folder: Path, registered: Collection[str]) -> int:

@@ -1,15 +1,21 @@
 """Publishing: the snapshot that readers open is replaced whole, while the writer goes on.
 
-1. In one transaction the tables are copied into a database beside the snapshot: what was committed before it, whatever is
-   written meanwhile. Result tables that are small enough are sorted by latent; larger ones stay in the order of arrival, which
-   is nearly that of the latents, since sorting ten million rows takes longer than all the rest and several gigabytes.
-2. What readers would otherwise aggregate on every query is worked out there once, as tables (`worked_out.sql`).
-3. The views are made there, over the store's present place and the registered parts.
-4. It is closed (which writes its checkpoint), fsynced, and renamed over the former snapshot.
+1. In one transaction, which sees what was committed when it began, the tables are copied into a database beside the snapshot.
+   Result tables that are small enough are sorted by latent; larger ones stay in the order of arrival, which is nearly that of
+   the latents, since sorting ten million rows takes longer than all the rest, and several gigabytes.
+2. Large tables only grow, but for what `Former.removals` counts. So the next snapshot begins as a copy of the file of this one,
+   to which the rows are added that came since; where the numbers of rows do not agree then, it is made from nothing.
+3. What readers would otherwise aggregate on every query is worked out there once, as tables (`worked_out.sql`): in a snapshot
+   that has grown, only for latents with new rows.
+4. The views are made there, over the store's present place and the registered parts.
+5. It is closed (which writes its checkpoint), fsynced, and renamed over the former snapshot.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +24,7 @@ import duckdb
 from exegete.tools.store.macros import macro_statements
 from exegete.tools.store.parts import sync_file, sync_folder
 from exegete.tools.store.schema import schema_version, utc_now
-from exegete.tools.store.views import WORKED_OUT, view_statements, worked_out_queries
+from exegete.tools.store.views import BEST, WORKED_OUT, view_statements, worked_out_queries
 
 SNAPSHOT = "labels.duckdb"
 TEMPORARY = ".labels.publishing.duckdb"
@@ -32,25 +38,56 @@ _ORDER = {
     "typing": "dictionary, latent, run",
     "climbs": "dictionary, latent, run, control, step",
 }
+_GROWING = ("results", "explanations", "scores", "climbs")
 
 
-def publish(connection: duckdb.DuckDBPyConnection, folder: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Former:
+    """A snapshot from which the next one may grow."""
+
+    identity: tuple[int, int, int]
+    """Of its file, which nobody may have replaced since."""
+    removals: int
+    """How often rows had been taken from the growing tables before it was made."""
+    next_rows: Mapping[str, int]
+    """Growing table → the first rowid that is not in it."""
+
+
+def publish(
+    connection: duckdb.DuckDBPyConnection, folder: Path, removals: int = 0, former: Former | None = None
+) -> Former:
     """Publish the database behind `connection` (attached as `run`) as the snapshot of the store in `folder`.
 
-    `connection` is to be one of its own: the transaction of the copy is open for as long as that takes.
+    Args:
+        connection: one of its own, in a transaction that has read something; it is ended.
+        folder: of the store.
+        removals: counts what was taken from the growing tables, as that transaction sees them.
+        former: what the last publishing has returned.
     """
-    temporary = folder / TEMPORARY
+    temporary, snapshot = folder / TEMPORARY, folder / SNAPSHOT
     discard(folder)
     try:
-        _copy(connection, temporary)
-        _finish(temporary, folder)
+        since = former.next_rows if former is not None and _can_grow(former, snapshot, removals) else None
+        try:
+            next_rows, before = _copy(connection, temporary, snapshot, since)
+        except _OutOfStep:
+            discard(folder)
+            connection.begin()
+            next_rows, before = _copy(connection, temporary, snapshot, None)
+        _finish(temporary, folder, before)
         sync_file(temporary)
-        temporary.replace(folder / SNAPSHOT)
+        temporary.replace(snapshot)
         sync_folder(folder)
     except BaseException:
         discard(folder)
         raise
-    return folder / SNAPSHOT
+    return Former(identity(snapshot), removals, next_rows)
+
+
+def identity(path: Path) -> tuple[int, int, int]:
+    """Return what tells a file from another one that has replaced it."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def discard(folder: Path) -> None:
@@ -59,47 +96,99 @@ def discard(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _copy(connection: duckdb.DuckDBPyConnection, temporary: Path) -> None:
+class _OutOfStep(Exception):
+    """Growing tables have other rows than those that were added up."""
+
+
+def _can_grow(former: Former, snapshot: Path, removals: int) -> bool:
+    large = former.next_rows["scores"] > _SORTED_ROWS  # What is small is sorted, and sorting is cheap.
+    return large and former.removals == removals and snapshot.exists() and identity(snapshot) == former.identity
+
+
+def _copy(
+    connection: duckdb.DuckDBPyConnection, temporary: Path, snapshot: Path, since: Mapping[str, int] | None
+) -> tuple[dict[str, int], int | None]:
+    """Copy the tables, or what came `since` to the growing ones of a copy of `snapshot`.
+
+    Returns the rowids from which the next one goes on, and how many scores the copy of `snapshot` had (None: there was none).
+    """
+    if since is not None:
+        shutil.copyfile(snapshot, temporary)
     quoted = str(temporary).replace("'", "''")
     connection.execute(f"ATTACH '{quoted}' AS published")
     try:
-        connection.begin()
-        connection.execute("COPY FROM DATABASE run TO published (SCHEMA)")
+        before = None if since is None else _count(connection, "published.data.scores")
         query = "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'run' AND NOT internal"
         for schema, table in connection.execute(query).fetchall():
-            order = f" ORDER BY {_ORDER[table]}" if _is_to_be_sorted(connection, table) else ""
-            connection.execute(f"INSERT INTO published.{schema}.{table} SELECT * FROM run.{schema}.{table}{order}")
+            connection.execute(f"CREATE SCHEMA IF NOT EXISTS published.{schema}")
+            first = None if since is None or table not in _GROWING else since[table]
+            _copy_table(connection, f"{schema}.{table}", first)
+        next_rows = {table: _next_row(connection, f"run.data.{table}") for table in _GROWING}
         connection.commit()
     except BaseException:
         connection.rollback()
         raise
     finally:
         connection.execute("DETACH published")
+    return next_rows, before
 
 
-def _is_to_be_sorted(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
-    if table not in _ORDER:
-        return False
-    [(rows,)] = connection.execute(f"SELECT count(*) FROM run.data.{table}").fetchall()
-    return int(rows) <= _SORTED_ROWS
+def _copy_table(connection: duckdb.DuckDBPyConnection, table: str, first: int | None) -> None:
+    """Copy a table, sorted where it is small enough; or add its rows from `first` on, and raise where then some are missing."""
+    source, copied = f"run.{table}", f"published.{table}"
+    if first is None:
+        order = _ORDER.get(table.partition(".")[2])
+        sort = f" ORDER BY {order}" if order and _count(connection, source) <= _SORTED_ROWS else ""
+        connection.execute(f"CREATE OR REPLACE TABLE {copied} AS SELECT * FROM {source}{sort}")
+        return
+    connection.execute(f"INSERT INTO {copied} SELECT * FROM {source} WHERE rowid >= {first}")
+    if _count(connection, source) != _count(connection, copied):
+        raise _OutOfStep
 
 
-def _finish(temporary: Path, folder: Path) -> None:
+def _count(connection: duckdb.DuckDBPyConnection, table: str) -> int:
+    [(rows,)] = connection.execute(f"SELECT count(*) FROM {table}").fetchall()
+    return int(rows)
+
+
+def _next_row(connection: duckdb.DuckDBPyConnection, table: str) -> int:
+    [(row,)] = connection.execute(f"SELECT coalesce(max(rowid) + 1, 0) FROM {table}").fetchall()
+    return int(row)
+
+
+def _finish(temporary: Path, folder: Path, before: int | None) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
-        for name, query in worked_out_queries().items():
-            snapshot.execute(f"CREATE TABLE data.{name} AS {query}")
+        _work_out(snapshot, before)
         # Looking at a damaged part ends a transaction, so before it begins.
         statements = statements_for(snapshot, folder)
         # One transaction: two hundred comments would each wait for the disk.
         snapshot.begin()
         snapshot.execute(
-            "CREATE TABLE data.snapshot AS SELECT ?::TIMESTAMP AS published_at, ?::INTEGER AS schema_version,"
+            "CREATE OR REPLACE TABLE data.snapshot AS SELECT ?::TIMESTAMP AS published_at, ?::INTEGER AS schema_version,"
             " ?::VARCHAR AS code_version, ?::VARCHAR AS store",
             [utc_now(), schema_version(), version("exegete"), str(folder)],
         )
         for statement in statements:
-            snapshot.execute(statement)
+            snapshot.execute(statement.replace("CREATE ", "CREATE OR REPLACE ", 1) if _makes(statement) else statement)
         snapshot.commit()
+
+
+def _makes(statement: str) -> bool:
+    return statement.startswith("CREATE ")
+
+
+def _work_out(snapshot: duckdb.DuckDBPyConnection, before: int | None) -> None:
+    for name, query in worked_out_queries().items():
+        if before is None or name != BEST:
+            snapshot.execute(f"CREATE OR REPLACE TABLE data.{name} AS {query}")
+    if before is not None:
+        touched = "latent IN (SELECT latent FROM touched)"
+        snapshot.execute(
+            f"CREATE TEMP TABLE touched AS SELECT DISTINCT latent FROM data.scores WHERE rowid >= {before}"
+        )
+        snapshot.execute(f"DELETE FROM data.{BEST} WHERE {touched}")
+        query = worked_out_queries(f"(SELECT * FROM data.scores WHERE {touched})")[BEST]
+        snapshot.execute(f"INSERT INTO data.{BEST} {query}")
 
 
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:

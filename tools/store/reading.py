@@ -9,14 +9,13 @@ the header of one snapshot and the rows of the next, so where the file was repla
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import duckdb
 
 from exegete.tools.errors import UserError
 from exegete.tools.store.folder import Store
-from exegete.tools.store.publishing import SNAPSHOT, statements_for
+from exegete.tools.store.publishing import SNAPSHOT, identity, statements_for
 from exegete.tools.store.schema import check_version, schema_version
 
 _ATTEMPTS = 20
@@ -56,14 +55,14 @@ def connect(store: str | Path) -> duckdb.DuckDBPyConnection:
 def _attach_whole(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None:
     """Attach the snapshot as `labels` and use it, the one file from its header to its last row."""
     for attempt in range(1, _ATTEMPTS + 1):
-        before = _identity(snapshot)
+        before = identity(snapshot)
         try:
             _attach(connection, snapshot)
         except duckdb.Error:
-            if _identity(snapshot) == before or attempt == _ATTEMPTS:
+            if identity(snapshot) == before or attempt == _ATTEMPTS:
                 raise
             continue
-        if _identity(snapshot) == before:
+        if identity(snapshot) == before:
             break
         connection.execute("DETACH labels")
     else:
@@ -74,11 +73,6 @@ def _attach_whole(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None
 def _attach(connection: duckdb.DuckDBPyConnection, snapshot: Path) -> None:
     quoted = str(snapshot).replace("'", "''")
     connection.execute(f"ATTACH '{quoted}' AS labels (READ_ONLY)")
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _heal(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-WORKED_OUT = ("best_explanations", "outcomes")
+BEST = "best_explanations"
+WORKED_OUT = (BEST, "floor_means", "outcomes")
 """What a publishing works out as tables, in the order of `worked_out.sql`."""
 
 _NO_LATENTS = (
@@ -87,9 +88,10 @@ def view_statements(
     return [re.sub(r"\{\{(\w+)\}\}", lambda found: sources[found[1]], statement) for statement in statements]
 
 
-def worked_out_queries() -> dict[str, str]:
-    """Return for each table of `WORKED_OUT` the query that works it out."""
-    return dict(zip(WORKED_OUT, _statements("worked_out.sql"), strict=True))
+def worked_out_queries(scores: str = "data.scores") -> dict[str, str]:
+    """Return for each table of `WORKED_OUT` the query that works it out; `scores` are those that best explanations are of."""
+    queries = [statement.replace("{{scores}}", scores) for statement in _statements("worked_out.sql")]
+    return dict(zip(WORKED_OUT, queries, strict=True))
 
 
 def _statements(name: str) -> list[str]:

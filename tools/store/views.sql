@@ -84,10 +84,10 @@ COMMENT ON COLUMN climbs.control IS 'Whether the latent climbed whatever its sco
 COMMENT ON COLUMN climbs.run IS 'The run.';
 
 CREATE VIEW best_explanations AS
-SELECT dictionary, latent, explanation_id, text, predicate, explainer, model, mean_score,
-       detection, detection_low, detection_high, detection_shuffled, detection_constant,
-       fuzzing, fuzzing_low, fuzzing_high, fuzzing_shuffled, fuzzing_constant, run
-FROM ({{best_explanations}});
+SELECT b.dictionary, b.latent, b.explanation_id, b.text, b.predicate, b.explainer, b.model, b.mean_score,
+       b.detection, b.detection_low, b.detection_high, f.detection_shuffled, f.detection_constant,
+       b.fuzzing, b.fuzzing_low, b.fuzzing_high, f.fuzzing_shuffled, f.fuzzing_constant, b.run
+FROM ({{best_explanations}}) b LEFT JOIN ({{floor_means}}) f ON f.run = b.run AND f.dictionary = b.dictionary;
 COMMENT ON VIEW best_explanations IS 'Per latent the explanation with the best held-out score, beside the floors of its run. All scores are balanced accuracies.';
 COMMENT ON COLUMN best_explanations.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN best_explanations.latent IS 'Index of the latent in its dictionary.';

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
-from exegete.tools.store import call_rows, publishing, rows
+from exegete.tools.store import call_rows, forgetting, publishing, rows
+from exegete.tools.store.compaction import compact
 from exegete.tools.store.journal_file import JOURNAL, SPENT_TOKENS, SPENT_USD
-from exegete.tools.store.parts import SUPERSEDED, superseded_parts, write_part
+from exegete.tools.store.parts import write_part
+from exegete.tools.store.publisher import Publisher
+from exegete.tools.store.recorded import Recorded
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
 from exegete.tools.store.schema import utc_now
@@ -29,16 +32,6 @@ if TYPE_CHECKING:
     from exegete.tools.store.journal import StoreJournal
 
 _CALLS_IN_A_PART = 25_000
-_DELETE_UNUSED = """
-DELETE FROM data.explanations e WHERE dictionary = $dictionary AND latent IN (SELECT unnest($latents::INTEGER[]))
-AND explanation_id NOT IN (SELECT explanation_id FROM data.scores WHERE dictionary = $dictionary)
-AND explanation_id NOT IN (SELECT explanation_id FROM data.climbs WHERE dictionary = $dictionary AND explanation_id IS NOT NULL)
-AND NOT EXISTS (
-    FROM data.results r WHERE r.dictionary = e.dictionary AND r.latent = e.latent AND r.status = 'labeled'
-    AND NOT EXISTS (FROM data.scores s WHERE s.run = r.run AND s.dictionary = r.dictionary AND s.latent = r.latent)
-)
-"""
-"""Explanations that no run has scored, of latents of which no run has explanations that it has not scored."""
 
 
 class Writer:
@@ -48,7 +41,10 @@ class Writer:
         self._folder = folder
         self._connection = connection
         self._lock = threading.RLock()
-        self._recorded: dict[tuple[str, str, bool], set[int]] = {}
+        self._recorded = Recorded(connection)
+        self._removals = 0
+        self._former: publishing.Former | None = None
+        self._publisher = Publisher(self._publish)
         self._journal: StoreJournal | None = None
 
     @property
@@ -74,6 +70,7 @@ class Writer:
 
     def close(self) -> None:
         """Close what is open; `Store.writer()` does it."""
+        self._publisher.close()
         with self._lock:
             try:
                 if self._journal is not None:
@@ -213,12 +210,12 @@ class Writer:
                 if part is not None:
                     connection.execute("INSERT INTO data.verdict_parts VALUES (?, ?)", [part, verdicts.num_rows])
             for record in new:
-                self._recorded[run, record.dictionary, floors].add(record.latent)
+                self._recorded.add(run, record.dictionary, floors, record.latent)
 
     def labeled(self, run: str, dictionary: str, floors: bool = False) -> NDArray[np.int64]:
         """Return the latents that `run` has recorded, whatever their outcome (or whose floors it has), ascending."""
         with self._lock:
-            return np.array(sorted(self._recorded_latents(run, dictionary, floors)), dtype=np.int64)
+            return self._recorded.latents(run, dictionary, floors)
 
     def forget_incomplete(self, run: str, dictionary: str, all_of_it: bool = False) -> int:
         """Remove what was recorded of latents about which calls are missing (or `all_of_it`); return how many there were.
@@ -231,38 +228,14 @@ class Writer:
             UserError: the disk is full, or a part of verdicts is damaged; nothing was removed.
         """
         with self._lock:
-            recorded = [sorted(self._recorded_latents(run, dictionary, floors)) for floors in (False, True)]
-            labeled = recorded[0] if all_of_it else self._incomplete("results", run, dictionary)
-            floored = recorded[1] if labeled else self._incomplete("floors", run, dictionary)
-            if not labeled and not floored:
-                return 0
-            chosen = [run, dictionary, labeled, floored]
-            replaced = superseded_parts(self._connection, self._folder / "verdicts", chosen)
-            with self._transaction() as connection:
-                for table, latents in (("results", labeled), ("floors", floored)):
-                    query = f"DELETE FROM data.{table} WHERE run = ? AND dictionary = ? AND latent IN (SELECT unnest(?::INTEGER[]))"
-                    connection.execute(query, [run, dictionary, latents])
-                connection.execute(f"DELETE FROM data.scores WHERE {SUPERSEDED}", chosen)
-                connection.execute(
-                    "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND NOT control"
-                    " AND latent IN (SELECT unnest(?::INTEGER[]))",
-                    [run, dictionary, labeled],
-                )
-                connection.execute(_DELETE_UNUSED, {"dictionary": dictionary, "latents": labeled})
-                for part, remaining in replaced.items():
-                    connection.execute("DELETE FROM data.verdict_parts WHERE part = ?", [part])
-                    if remaining is not None:
-                        connection.execute(
-                            "INSERT INTO data.verdict_parts VALUES (?, ?) ON CONFLICT DO NOTHING", remaining
-                        )
-            self._recorded.clear()
-            return len(set(labeled) | set(floored))
-
-    def _incomplete(self, table: str, run: str, dictionary: str) -> list[int]:
-        query = (
-            f"SELECT latent FROM data.{table} WHERE run = ? AND dictionary = ? AND missing_calls > 0 ORDER BY latent"
-        )
-        return [latent for (latent,) in self._connection.execute(query, [run, dictionary]).fetchall()]
+            forgotten = forgetting.chosen(self._connection, run, dictionary, all_of_it)
+            if forgotten.latents:
+                replaced = forgetting.superseded_parts(self._connection, self._folder / "verdicts", forgotten)
+                with self._transaction() as connection:
+                    forgetting.forget(connection, forgotten, replaced)
+                    self._removals += 1
+                self._recorded.forget()
+            return forgotten.latents
 
     def pilot(self, run: str, dictionary: str) -> dict[str, dict[str, Any]]:
         """Return evaluator → what the run's pilot has shown of it, as it was stored; empty where there was none yet."""
@@ -290,6 +263,7 @@ class Writer:
             connection.execute(
                 "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND control", [run, dictionary]
             )
+            self._removals += 1
             self._insert_explanations(rows.explanations(records))
             self._insert("climbs", rows.climbs(run, records))
 
@@ -314,23 +288,45 @@ class Writer:
     def publish(self) -> Path:
         """Replace the snapshot that readers open by the present state; return its path.
 
-        A reader never sees a part of it, and one that holds the former snapshot open keeps it.
+        A reader never sees a part of it, and one that holds the former snapshot open keeps it. Others may go on writing
+        meanwhile; what they write may or may not be in it.
 
         Raises:
             UserError: the disk is full, or a file that the views read is damaged; the former snapshot stays.
         """
-        with self._lock:
+        self._publisher.now()
+        return self._folder / publishing.SNAPSHOT
+
+    def publish_soon(self, every_s: float) -> bool:
+        """Publish in the background where the last time is `every_s` or longer ago; return whether that was begun.
+
+        Publishing takes at most a tenth of the time: after one that took long, the next waits the longer. One that fails
+        leaves the former snapshot, is logged, and is tried again the next time; a bug raises at the next `publish`.
+        """
+        return self._publisher.soon(every_s)
+
+    def _publish(self) -> None:
+        try:
+            self._export_calls()
+            compact(self._connection, self._lock, self._folder)
+            with self._lock:
+                cursor = self._connection.cursor()
+                cursor.begin()
+                # From the first reading on, the transaction sees the store as it is now.
+                cursor.execute("SELECT count(*) FROM data.results").fetchall()
+                removals = self._removals
             try:
-                self._export_calls()
-                return publishing.publish(self._connection, self._folder)
-            except duckdb.InvalidInputException as error:
-                first = str(error).splitlines()[0]
-                raise UserError(
-                    f"a file in the store {str(self._folder)!r} is damaged ({first}); remove the folder of that evidence, "
-                    "or restore the part of verdicts, and resume"
-                ) from error
-            except (OSError, duckdb.IOException, duckdb.FatalException) as error:
-                raise self._unwritten(error) from error
+                self._former = publishing.publish(cursor, self._folder, removals, self._former)
+            finally:
+                cursor.close()
+        except duckdb.InvalidInputException as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"a file in the store {str(self._folder)!r} is damaged ({first}); remove the folder of that evidence, "
+                "or restore the part of verdicts, and resume"
+            ) from error
+        except (OSError, duckdb.IOException, duckdb.FatalException) as error:
+            raise self._unwritten(error) from error
 
     def _exported(self) -> int:
         """Return the number of the last call in the journal that readers can see."""
@@ -341,7 +337,8 @@ class Writer:
         """Bring the calls that the journal has settled since into parts; those in flight replace the ones of last time."""
         if self._journal is None and not (self._folder / JOURNAL).exists():
             return
-        exported, full = self._exported(), True
+        with self._lock:
+            exported, full = self._exported(), True
         while full:
             settled, in_flight = self.journal.account(exported, _CALLS_IN_A_PART)
             full = len(settled) == _CALLS_IN_A_PART
@@ -354,18 +351,10 @@ class Writer:
                 connection.execute("DELETE FROM data.open_calls")
                 self._insert("open_calls", call_rows.calls(in_flight))
 
-    def _recorded_latents(self, run: str, dictionary: str, floors: bool) -> set[int]:
-        key = (run, dictionary, floors)
-        if key not in self._recorded:
-            query = f"SELECT latent FROM data.{'floors' if floors else 'results'} WHERE run = ? AND dictionary = ?"
-            found = self._connection.execute(query, [run, dictionary]).fetchnumpy()["latent"]
-            self._recorded[key] = set(found.tolist())
-        return self._recorded[key]
-
     def _unrecorded(self, run: str, records: Sequence[LatentRecord], floors: bool) -> list[LatentRecord]:
         new: dict[tuple[str, int], LatentRecord] = {}
         for record in sorted(records, key=lambda r: (r.dictionary, r.latent)):
-            if record.latent not in self._recorded_latents(run, record.dictionary, floors):
+            if not self._recorded.has(run, record.dictionary, floors, record.latent):
                 new.setdefault((record.dictionary, record.latent), record)
         return list(new.values())
 
