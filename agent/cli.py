@@ -38,6 +38,12 @@ ModelOption = Annotated[
 ]
 BudgetOption = Annotated[float | None, typer.Option(help="What calls to language models may cost in all, in USD.")]
 NoBudgetOption = Annotated[bool | None, typer.Option("--no-budget", help="Spend without a limit.")]
+TokensOption = Annotated[
+    int | None, typer.Option("--budget-tokens", help="What the calls may take in tokens, input and output together.")
+]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Do not ask before going on, however much the plan says is to come.")
+]
 OnFinishOption = Annotated[
     str | None,
     typer.Option(
@@ -90,12 +96,16 @@ def label(
     model: ModelOption = None,
     budget: BudgetOption = None,
     no_budget: NoBudgetOption = None,
+    budget_tokens: TokensOption = None,
+    yes: YesOption = False,
     evaluators: Annotated[str | None, typer.Option(help="Scores to compute, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Label only this many latents, drawn by the seed.")] = None,
     workers: Annotated[
         str | None, typer.Option(help="Who does the activation pass: ray, ray:2 (local workers) or ray://HOST:PORT.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few latents, say what is to come, and label nothing.")
+    ] = False,
     on_finish: OnFinishOption = None,
     quiet: QuietOption = False,
     assignments: SetOption = None,
@@ -110,6 +120,7 @@ def label(
         "models.explainer": model,
         "models.judge": model,
         **_money(budget, no_budget),
+        "models.budget_tokens": budget_tokens,
         "label.evaluators": [name.strip() for name in evaluators.split(",")] if evaluators else None,
         "label.limit": limit,
         "evidence.workers": workers,
@@ -120,7 +131,7 @@ def label(
 
         _say("\n".join(plan(settled)))
     else:
-        _run(settled, on_finish, quiet)
+        _run(settled, on_finish, quiet, yes)
 
 
 @app.command()
@@ -128,6 +139,8 @@ def resume(
     store: StoreOption = DEFAULT_STORE,
     budget: BudgetOption = None,
     no_budget: NoBudgetOption = None,
+    budget_tokens: TokensOption = None,
+    yes: YesOption = False,
     on_finish: OnFinishOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -137,13 +150,14 @@ def resume(
     from exegete.agent.inspection import newest_run
 
     run, dictionary, stored = newest_run(store)
-    config = restored_config(stored, {"store": str(store), **_money(budget, no_budget)})
+    limits = {**_money(budget, no_budget), "models.budget_tokens": budget_tokens}
+    config = restored_config(stored, {"store": str(store), **limits})
     if not takes_up(config, run, dictionary):
         typer.echo(
             "the newest run was begun by another version of exegete, whose runs had other settings: this begins it anew, beside it",
             err=True,
         )
-    _run(config, on_finish, quiet)
+    _run(config, on_finish, quiet, yes)
 
 
 @app.command()
@@ -245,21 +259,22 @@ def export_evidence(
     _say(f"{export_evidence(store, file, dictionary):,} latents → {file}")
 
 
-def _run(config: RunConfig, on_finish: str | None = None, quiet: bool = False) -> None:
+def _run(config: RunConfig, on_finish: str | None = None, quiet: bool = False, yes: bool = False) -> None:
     from exegete.agent.finishing import finishing
 
     with finishing(on_finish, Path(config.store), lambda line: typer.echo(visible(line), err=True)):
-        _run_and_tell(config, quiet)
+        _run_and_tell(config, quiet, yes)
 
 
-def _run_and_tell(config: RunConfig, quiet: bool) -> None:
+def _run_and_tell(config: RunConfig, quiet: bool, yes: bool) -> None:
     from exegete.agent.final_report import time_and_money_lines
     from exegete.agent.inspection import calls_lines
+    from exegete.agent.planning import asking
     from exegete.agent.progress import default_progress
     from exegete.agent.run import run
     from exegete.agent.summary import headline
 
-    outcome = run(config, default_progress(quiet))
+    outcome = run(config, default_progress(quiet), asking(yes))
     for dictionary, figures in outcome.figures.items():
         _say(f"\n{dictionary}")
         _say("\n".join(headline(figures)))
