@@ -23,7 +23,7 @@ from exegete.tools.store import Store, connect
 
 
 def reference() -> str:
-    """Return the reference page as Markdown: commands, configuration, views, explainers, judges, evaluators, prompts."""
+    """Return the reference page as Markdown: commands, configuration, explainers, judges, evaluators, prompts, views, macros."""
     parts = ["# Reference", "", "Written from the code by `python -m exegete.agent.reference docs/reference.md`."]
     for title, rows, columns in (
         ("Commands", _commands(), ("command", "what it does")),
@@ -36,7 +36,7 @@ def reference() -> str:
     ):
         found = list(rows)
         parts += ["", f"## {title}", "", *(_table(columns, found) if found else ["None so far."])]
-    return "\n".join([*parts, "", "## Views", *_views()]) + "\n"
+    return "\n".join([*parts, "", "## Views", *_views(), "", "## Macros", "", *_macros()]) + "\n"
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -120,6 +120,20 @@ def _views() -> Iterator[str]:
                 yield from ("", f"### `{view}`", "", f"{comment}", "")
                 cells = ((f"`{name}`", kind, str(meaning)) for name, kind, meaning in columns)
                 yield from _table(("column", "type", "meaning"), cells)
+
+
+def _macros() -> list[str]:
+    query = (
+        "SELECT function_name, parameters, comment FROM duckdb_functions()"
+        " WHERE NOT internal AND database_name = 'labels' ORDER BY function_name"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with Store.create_or_open(Path(folder)).writer() as writer:
+            writer.publish()
+        with connect(folder) as connection:
+            found = connection.execute(query).fetchall()
+    rows = [(f"`{name}({', '.join(parameters)})`", str(comment)) for name, parameters, comment in found]
+    return _table(("macro", "what it does"), rows)
 
 
 def _first_lines(documented: object) -> str:

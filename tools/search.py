@@ -2,8 +2,8 @@
 
 1. Words: explanations that hold every word of the phrase, ranked by BM25 (the macro `search_words`, in SQL).
 2. Meaning: the cosine of the phrase's vector with those that the store holds. Their codes (a byte a component) are read by DuckDB
-   and multiplied by NumPy, chunk by chunk, so that a million take half a second; what a code loses changes a cosine by 0.001 or
-   less. The mean cosine over all explanations stands beside them: what one at random has.
+   and multiplied by NumPy, chunk by chunk, so that a million take half a second; what a code loses changes a cosine by 0.0003
+   on average. The mean cosine over all explanations stands beside them: what one at random has.
 3. Both are fused by reciprocal rank: a hit scores the sum of 1 / (60 + rank) over the rankings that found it (Cormack, Clarke and
    Büttcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009).
 4. Each hit stands beside its held-out scores with their intervals and floors, where the store has them.

@@ -38,7 +38,7 @@ SELECT dictionary, latent, explanation_id, text,
         + CASE WHEN len(times) > 1 AND contains(lower(text), lower(trim(phrase))) THEN 1 ELSE 0 END)::DOUBLE AS word_score
 FROM holding
 ORDER BY word_score DESC, dictionary, latent, explanation_id LIMIT most;
-COMMENT ON MACRO TABLE search_words IS 'search_words(phrase, most := 20): explanations that hold every word of the phrase, whole or as the beginning of a word, best first: BM25 among those that hold them all (a beginning counts half), and 1 more where the phrase stands verbatim.';
+COMMENT ON MACRO TABLE search_words IS 'Explanations that hold every word of the phrase, whole or as the beginning of a word, best first: BM25 among those that hold them all (a beginning counts half), and 1 more where the phrase stands verbatim; 20 rows unless most := N says otherwise.';
 
 CREATE MACRO search_meaning(query, most := 20, of_model := NULL) AS TABLE
 WITH scanned AS (
@@ -53,7 +53,7 @@ WITH scanned AS (
 SELECT f.dictionary, e.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
 FROM found f JOIN explanations e ON e.latent = -f.turned AND e.dictionary = f.dictionary AND e.explanation_id = f.explanation_id
 ORDER BY f.cosine DESC, f.dictionary, e.latent, f.explanation_id;
-COMMENT ON MACRO TABLE search_meaning IS 'search_meaning(vector, most := 20, of_model := NULL): explanations nearest to a vector of unit length by cosine, beside the mean cosine to all (what an explanation at random has).';
+COMMENT ON MACRO TABLE search_meaning IS 'Explanations nearest to a vector of unit length by cosine, beside the mean cosine to all (what one at random has); 20 rows unless most := N says otherwise.';
 
 CREATE MACRO nearest_explanations(of_dictionary, of_latent, most := 20) AS TABLE
 WITH own AS MATERIALIZED (
@@ -73,7 +73,7 @@ WITH own AS MATERIALIZED (
 SELECT f.dictionary, e.latent, f.explanation_id, e.text, f.cosine, f.cosine_mean
 FROM found f JOIN explanations e ON e.latent = -f.turned AND e.dictionary = f.dictionary AND e.explanation_id = f.explanation_id
 ORDER BY f.cosine DESC, f.dictionary, e.latent, f.explanation_id;
-COMMENT ON MACRO TABLE nearest_explanations IS 'nearest_explanations(dictionary, latent, most := 20): explanations nearest in meaning to the best one of a latent, of every dictionary, beside the mean cosine to all. The dictionary by fingerprint or its start.';
+COMMENT ON MACRO TABLE nearest_explanations IS 'Explanations nearest in meaning to the best one of a latent, of every dictionary, beside the mean cosine to all. The dictionary by fingerprint or its start; 20 rows unless most := N says otherwise.';
 
 CREATE MACRO explanation_agreement(dictionary_a, dictionary_b) AS TABLE
 WITH one AS (
@@ -97,4 +97,4 @@ SELECT a.latent, p.nearest.latent AS nearest_latent, p.cosine, list_inner_produc
 FROM of_a a JOIN paired p USING (model, place)
 LEFT JOIN paired other ON other.model = a.model AND other.place = a.place % a.n + 1 AND a.n > 1
 ORDER BY a.model, a.latent;
-COMMENT ON MACRO TABLE explanation_agreement IS 'explanation_agreement(dictionary, dictionary): for each latent of the first the explanation of the second that is nearest to its own in meaning, with the cosine; floor is the cosine to the nearest of another latent, drawn by hash. Compares every pair: for two dictionaries of some 20,000 latents; for more, tools.agreement.';
+COMMENT ON MACRO TABLE explanation_agreement IS 'For each latent of the first the explanation of the second that is nearest to its own in meaning, with the cosine; floor is the cosine to the nearest of another latent, drawn by hash. Compares every pair: for two dictionaries of some 20,000 latents; for more, tools.agreement.';
