@@ -127,6 +127,9 @@ class LabelConfig(Section):
     result."""
     confirm_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     """Ask before going on where labeling may take longer, by the upper limit of the estimate. Does not change the result."""
+    embed: bool = True
+    """Where `models.embedder` is given, explanations are embedded as they are written, so that `exegete search` finds them by
+    meaning. Does not change the result."""
     floors: int = Field(default=100, ge=0)
     """Latents on which the floors are scored as well (PROTOCOLS §11)."""
     random_control: int = Field(default=0, ge=0)

@@ -26,7 +26,7 @@ def takes_up(config: RunConfig, run: str, dictionary: str) -> bool:
 
 _NOT_IDENTITY: Any = {
     "store": True,
-    "label": {"concurrency", "batch", "publish_seconds", "hours", "until", "confirm_hours"},
+    "label": {"concurrency", "batch", "publish_seconds", "hours", "until", "confirm_hours", "embed"},
     "evidence": {"slices", "batch", "workers"},
     "models": {
         *("budget_usd", "no_budget", "prices", "concurrency", "requests_per_minute", "tokens_per_minute"),
