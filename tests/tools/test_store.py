@@ -139,6 +139,24 @@ def test_forgetting_leaves_explanations_that_another_run_has(tmp_path: Path) -> 
         assert connection.execute("SELECT DISTINCT run, latent FROM verdicts ORDER BY latent").fetchall() == found
 
 
+def test_what_readers_see_outlives_a_process_that_was_killed_before_it_could_publish(tmp_path: Path) -> None:
+    store = Store.create_or_open(tmp_path / "store")
+    with store.writer() as writer:
+        run = begin(writer)
+        writer.record(run, [replace(record(latent), missing_calls=int(latent < 4)) for latent in (1, 2, 3, 4)])
+        writer.publish()
+    before = content(store)
+    with store.writer() as writer:
+        writer.forget_incomplete(run, DICTIONARY)
+    with store.writer() as writer:
+        assert content(store) == before and len(before["verdicts"]) == 8
+        writer.publish()
+    assert len(list((tmp_path / "store" / "verdicts").iterdir())) == 2
+    with store.writer():
+        assert len(content(store)["verdicts"]) == 2
+    assert len(list((tmp_path / "store" / "verdicts").iterdir())) == 1
+
+
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
     store = fill(tmp_path, [[0]])
     broken = LatentRecord(DICTIONARY, 7, "labeled", [(Explanation("x"), "id")], [("id", FakeScore(n=2**40))])

@@ -14,7 +14,7 @@ import duckdb
 
 from exegete.tools.errors import UserError
 from exegete.tools.store.parts import remove_orphans, sync_file, sync_folder
-from exegete.tools.store.publishing import discard
+from exegete.tools.store.publishing import SNAPSHOT, discard
 from exegete.tools.store.schema import migrate
 from exegete.tools.store.writer import Writer, evidence_path
 
@@ -165,7 +165,8 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
         for kind in ("verdict", "call", "embedding"):
             registered = {part for (part,) in connection.execute(f"SELECT part FROM data.{kind}_parts").fetchall()}
             (folder / f"{kind}s").mkdir(exist_ok=True)
-            remove_orphans(folder / f"{kind}s", registered)
+            # A process that was killed may have superseded parts that its snapshot still names.
+            remove_orphans(folder / f"{kind}s", registered | _published(folder, kind))
         discard(folder)
     except (duckdb.IOException, duckdb.FatalException, OSError) as error:
         connection.close()
@@ -176,3 +177,17 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
         connection.close()
         raise
     return connection
+
+
+def _published(folder: Path, kind: str) -> set[str]:
+    """Return the parts that the views of the published snapshot read; none where there is no snapshot that can be read."""
+    if not (folder / SNAPSHOT).exists():
+        return set()
+    quoted = str(folder / SNAPSHOT).replace("'", "''")
+    with duckdb.connect(":memory:") as connection:
+        try:
+            connection.execute(f"ATTACH '{quoted}' AS labels (READ_ONLY)")
+            return {part for (part,) in connection.execute(f"SELECT part FROM labels.data.{kind}_parts").fetchall()}
+        except duckdb.Error:
+            # Damaged, or published by a version that had no such parts yet.
+            return set()
