@@ -41,6 +41,9 @@ NoBudgetOption = Annotated[bool | None, typer.Option("--no-budget", help="Spend 
 TokensOption = Annotated[
     int | None, typer.Option("--budget-tokens", help="What the calls may take in tokens, input and output together.")
 ]
+HoursOption = Annotated[
+    float | None, typer.Option(help="Stop taking latents after so many hours; the run can be taken up again.")
+]
 YesOption = Annotated[
     bool, typer.Option("--yes", help="Do not ask before going on, however much the plan says is to come.")
 ]
@@ -97,6 +100,7 @@ def label(
     budget: BudgetOption = None,
     no_budget: NoBudgetOption = None,
     budget_tokens: TokensOption = None,
+    hours: HoursOption = None,
     yes: YesOption = False,
     evaluators: Annotated[str | None, typer.Option(help="Scores to compute, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Label only this many latents, drawn by the seed.")] = None,
@@ -121,6 +125,7 @@ def label(
         "models.judge": model,
         **_money(budget, no_budget),
         "models.budget_tokens": budget_tokens,
+        "label.hours": hours,
         "label.evaluators": [name.strip() for name in evaluators.split(",")] if evaluators else None,
         "label.limit": limit,
         "evidence.workers": workers,
@@ -140,6 +145,7 @@ def resume(
     budget: BudgetOption = None,
     no_budget: NoBudgetOption = None,
     budget_tokens: TokensOption = None,
+    hours: HoursOption = None,
     yes: YesOption = False,
     on_finish: OnFinishOption = None,
     quiet: QuietOption = False,
@@ -150,7 +156,7 @@ def resume(
     from exegete.agent.inspection import newest_run
 
     run, dictionary, stored = newest_run(store)
-    limits = {**_money(budget, no_budget), "models.budget_tokens": budget_tokens}
+    limits = {**_money(budget, no_budget), "models.budget_tokens": budget_tokens, "label.hours": hours}
     config = restored_config(stored, {"store": str(store), **limits})
     if not takes_up(config, run, dictionary):
         typer.echo(

@@ -5,7 +5,8 @@
 2. They go through the run's own graph with its own clients, so that a real run finds their replies in its journal and pays for
    none twice. What their calls took is counted (`metering`), and how long each latent took.
 3. A quantity still to come, for example USD, is Σ strata · left · mean per latent, plus four floors on some latents, each of which
-   takes what scoring takes, plus the latents of a random-weight control, taken to be like the dictionary's. Its 95 % interval is
+   takes what scoring takes, plus the latents of a random-weight control, taken to be like the dictionary's, plus two of them for
+   each latent of a cascade's control subset (every rung, and best-of-N at the cost of that). Its 95 % interval is
    by Student's t over the sampled latents; it holds both how uncertain the means are and how much the rest will scatter. Of
    the floors two may fall away (a latent may have no sibling, or the same one twice): the lower limit is without them.
 4. The time is the longest of what each limit takes alone: latents in flight, calls in flight, requests and tokens per minute,
@@ -84,6 +85,8 @@ class Extent:
     """Latents on which the floors are still to be scored."""
     control: int = 0
     """Latents of a random-weight control that are still to be labeled."""
+    climbs: int = 0
+    """Latents that climb every rung of a cascade and draw best-of-N at the cost of that, beside being labeled."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def _total(
     for place, stratum in enumerate(strata):
         # Floors and control are on random latents, so they are like the larger stratum, which is the last.
         last = place == len(strata) - 1
-        labeled = stratum.left + (extent.control if last else 0)
+        labeled = stratum.left + (extent.control + 2 * extent.climbs if last else 0)
         floors = len(BASELINES) * (extent.floors if last else 0)
         if not labeled and not floors:
             continue

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +91,9 @@ async def plan_of(
     left = np.setdiff1d(latents, recorded, assume_unique=True)
     live = int(np.isin(latents, evidence.live).sum())
     floors = min(config.label.floors, live)
-    extent = Extent(floors, control)
+    extent = Extent(floors, control, 0 if bench.cascade is None or len(recorded) else min(config.cascade.control, live))
+    if bench.cascade is not None:  # Its control subset has shown nothing yet: judged on every rung, at any price.
+        bench = replace(bench, cascade=replace(bench.cascade, screen=None))
     found: Estimate | None = None
     if not batched(config):
         strata, cpu_s = await measured(evidence, left, bench, config.seed, work)
@@ -116,6 +118,13 @@ def plan_lines(plan: Plan, config: RunConfig) -> list[str]:
         lines.append(_row("floors", f"four on {plan.extent.floors:,} latents"))
     if plan.extent.control:
         lines.append(_row("control", f"{plan.extent.control:,} random-weight latents, taken to be like the others"))
+    if plan.extent.climbs:
+        lines.append(
+            _row(
+                "cascade",
+                f"{plan.extent.climbs:,} latents climb every rung and draw best-of-N, taken to cost twice as much",
+            )
+        )
     own = plan.estimate
     if own is None:
         why = "answers come in batches, within a day each round" if batched(config) else "nothing is left to be labeled"

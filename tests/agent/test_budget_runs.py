@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from budgeted import budgeted
 from planted_store import planted_file, planted_store
+from scripted_wire import SPEC, scripted
 
+import exegete
+from exegete.agent.cli import main
 from exegete.agent.config import ModelsConfig
 from exegete.agent.models import Models, budget_of
 from exegete.tools.llm import MemoryJournal
@@ -53,3 +58,48 @@ def test_a_whole_run_keeps_to_its_budget_and_goes_on_with_a_larger_one(
     # The budget had ended it, and by as much as it was raised more was asked.
     assert found.exits[-2] == 2 and found.usd[-1] > found.usd[-2]
     assert found.interrupted is (seed == SEEDS[-1])
+
+
+def told(*command: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["exegete", *command])
+        try:
+            main()
+        except SystemExit as error:
+            return int(error.code or 0)
+    return 0
+
+
+def labeled(store: Path) -> int:
+    with exegete.connect(store) as connection:
+        ((count,),) = connection.execute("SELECT count(outcome) FROM latents").fetchall()
+    return int(count)
+
+
+@pytest.fixture
+def label(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the command that labels a fresh store with a scripted model that costs something."""
+    scripted(monkeypatch)
+    shutil.copytree(template, tmp_path / "store")
+    (tmp_path / "prices.toml").write_text(f'["{SPEC}"]\ninput = 1.0\noutput = 1.0\n')
+    settings = ["--set", f"models.prices='{tmp_path / 'prices.toml'}'", "--set", "label.floors=2"]
+    return ["label", "--store", str(tmp_path / "store"), "--model", SPEC, "--budget", "5", *settings]
+
+
+def test_a_run_ends_at_its_hour_and_goes_on_with_more(label: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    store = Path(label[2])
+    assert told(*label, "--hours", "1e-9") == 130
+    said = capsys.readouterr().err
+    assert "stopped by label.hours = 1e-09" in said and f"exegete resume --store {store}" in said
+    assert labeled(store) < 24
+    # The same hours once more would be over as soon.
+    assert told("resume", "--store", str(store), "--hours", "10") == 0 and labeled(store) == 24
+
+
+def test_without_a_terminal_much_is_not_begun_without_yes(label: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    store = Path(label[2])
+    much = [*label, "--set", "models.confirm_usd=0.001"]
+    assert told(*much) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"this may take 0\.\d+ USD \(models\.confirm_usd = 0\.001\).*--yes", said) and labeled(store) == 0
+    assert told(*much, "--yes") == 0 and labeled(store) == 24

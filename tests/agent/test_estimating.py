@@ -49,6 +49,10 @@ def test_floors_and_control_by_hand() -> None:
     assert (found.calls.low, found.calls.value, found.calls.high) == (60 + 24, 60 + 48, 60 + 48)
 
 
+def test_a_control_subset_that_climbs_every_rung_counts_twice() -> None:
+    assert estimate([stratum(10, 5, 5)], Extent(climbs=4), FREE).calls.value == 5 * (10 + 2 * 4)
+
+
 def test_strata_add_up_by_hand() -> None:
     found = estimate([stratum(2, 10, 10, 10), stratum(100, 1, 2, 3)], Extent(floors=0), FREE)
     assert found.calls.value == 20 + 200 and found.calls.n == 6 and list(found.strata) == [2, 100]
