@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from exegete.agent.events import EVENTS, EventLog
+from exegete.agent.events import EVENTS, EventLog, read_events
+from exegete.agent.final_report import stage_seconds
 from exegete.agent.inspection import status_json, status_lines, store_status
 from exegete.agent.models import Halted
 from exegete.agent.needs import Need, need_of
@@ -148,6 +151,39 @@ def test_a_run_that_was_killed_says_so(make_store: StoreMaker, tmp_path: Path) -
     log.write("begun", pid=999_999_999, version="0")
     log.write("stage_begun", stage="labeling", done=0, total=3, unit="latents")
     assert need(store).state == "killed" and need(store).command == f"exegete resume --store {store}"
+
+
+WRITING = """
+import io, sys, time
+from pathlib import Path
+from exegete.agent.progress import Lines
+from exegete.agent.watching import watched
+from exegete.tools.llm import Reply
+from exegete.tools.store import Store
+store = Store.open(Path(sys.argv[1]))
+with store.writer(), watched(store.folder, Lines(io.StringIO()), every_s=0.05) as watch:
+    with watch.stage("labeling", 400, "latents") as advance:
+        watch.vitals.call_out("openai:m")
+        advance(100)
+        time.sleep(600)
+"""
+
+
+def test_another_process_is_seen_at_work_and_killed(make_store: StoreMaker, tmp_path: Path) -> None:
+    make_store(finish=False)
+    store = tmp_path / "store"
+    writing = subprocess.Popen([sys.executable, "-c", WRITING, str(store)])
+    try:
+        while not ((status := store_status(store)).vitals and status.vitals.stage):
+            assert writing.poll() is None
+        assert status.pid == writing.pid and status.need == Need("running", f"process {writing.pid} is at work")
+        found = json.loads(status_json(store))["vitals"]
+        assert found["calls"]["in_flight"] == 1 and found["stage"]["total"] == 400
+    finally:
+        writing.kill()
+        writing.wait()
+    assert need(store).state == "killed" and store_status(store).vitals is None
+    assert stage_seconds(list(read_events(store)))["labeling"] >= 0.0
 
 
 def test_a_finished_run_needs_nothing(make_store: StoreMaker, tmp_path: Path) -> None:
