@@ -306,7 +306,7 @@ def slicer_of(
     gpu = config.subject.device.startswith("cuda")
     places = (_for_workers(config), str(store.folder), str(corpus.folder), str(folder), control)
     job = Job(slice_worker, places, what="slice", gpu=gpu)
-    told = slicer(workers, job, lambda count: progress.say(f"{count} workers ({workers.spec}) do the slices"))
+    told = slicer(workers, job, lambda count: progress.say(f"slices go to {workers.spec}: workers {count}"))
     return told, SLICES_PER_WORKER * (workers.count or WORKERS_ASSUMED)
 
 

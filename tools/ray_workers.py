@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -220,13 +221,15 @@ def connected(workers: Workers, job: Job) -> Iterator[None]:
     with _own_signals():
         try:
             if workers.address is not None:
-                ray.init(workers.address, **quiet)
+                with warnings.catch_warnings(action="ignore"):  # The error says it as well.
+                    ray.init(workers.address, **quiet)
             else:
                 cpus = None if workers.count is None else workers.count * job.threads
                 options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
                 ray.init("local", num_cpus=cpus, **options, **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
-            raise UserError(f"workers {workers.spec!r}: no Ray cluster ({_cause(error)})") from error
+            hint = "; one that asks for a token takes RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if workers.address else ""
+            raise UserError(f"workers {workers.spec!r}: no Ray cluster ({_cause(error)}){hint}") from error
     _keep_quiet()
     try:
         yield
