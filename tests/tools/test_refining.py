@@ -209,7 +209,7 @@ def test_no_test_window_is_ever_asked_about() -> None:
 
 # Does it help, and does the seal show where it does not?
 
-FILLERS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ao", "ei", "iu", "oa", "ue")]
+FILLERS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("ao", "ei", "iu", "oa", "ue") for c in "bdfgklmnpr"]
 TARGETS = ("cat", "horse", "river", "stone", "lamp")
 
 
@@ -229,7 +229,9 @@ def planted(latent: int) -> LatentEvidence:
     return LatentEvidence(latent, "live", tuple(windows))
 
 
-START = Explanation("Cats, and what begins with b.", 'word is "cat" or word like "ba*"', explainer="one-shot")
+START = Explanation(
+    "Cats, horses, and what begins with b.", 'word in {"cat", "horse"} or word like "ba*"', explainer="one-shot"
+)
 _MISSED = re.compile(r"<missed \d+>(.*?)<< (\w+)>>")
 _CLAIMED = re.compile(r"<claimed \d+>(.*)</claimed")
 
@@ -242,7 +244,7 @@ def draft(question: str) -> str:
 
 def generalising(question: str, request: Request) -> dict[str, Any]:
     """Adds the words that were missed, two a round, and drops the guess once it has been seen to claim what it should not."""
-    words = {"cat", *(target for target in TARGETS if target in draft(question))}
+    words = {"cat", "horse", *(target for target in TARGETS if target in draft(question))}
     missed = sorted({word for _, word in _MISSED.findall(question)} - words)
     said = " or ".join(f'word is "{word}"' for word in sorted({*words, *missed[:2]}))
     guess = ' or word like "ba*"' if "begins with b" in draft(question) and not _CLAIMED.search(question) else ""
@@ -250,11 +252,12 @@ def generalising(question: str, request: Request) -> dict[str, Any]:
 
 
 def memorising(question: str, request: Request) -> dict[str, Any]:
-    """Adds the places that were missed, by the two words before them, and nothing of what they have in common."""
-    places = [before.split()[-2:] for before, _ in _MISSED.findall(question)]
-    known = draft(question).partition("Places: ")[2] or START.predicate
-    said = " or ".join([f"{known}", *(f'(before(1): word is "{b}" and before(2): word is "{a}")' for a, b in places)])
-    return answer(f"Places: {said}", said)
+    """Adds the places that were missed, by the two words before them, and a word of each passage: none of it means anything."""
+    missed = [before.split() for before, _ in _MISSED.findall(question)]
+    rules = [f'(before(1): word is "{words[-1]}" and before(2): word is "{words[-2]}")' for words in missed]
+    known = draft(question).partition("Memories: ")[2] or START.predicate
+    said = " or ".join([f"{known}", *rules, *(f'word is "{words[0]}"' for words in missed)])
+    return answer(f"Memories: {said}", said)
 
 
 async def refined(evidence: LatentEvidence, client: FakeClient, rounds: int = 6) -> list[tuple[float, float, str]]:
@@ -295,14 +298,15 @@ def both(client: FakeClient) -> tuple[float, float, float, float]:
 
 def test_a_reviser_that_learns_from_counterexamples_scores_higher_on_the_test_split() -> None:
     refine, test, refine_after, test_after = both(FakeClient(generalising))
-    assert test < 0.65 and test_after > 0.95 and refine_after > 0.95
+    assert test < 0.75 and test_after > 0.95 and refine_after > 0.95
     assert abs((refine_after - test_after) - (refine - test)) < 0.05
 
 
-def test_a_reviser_that_memorises_the_refine_split_shows_as_a_gap_to_the_test_split() -> None:
+def test_a_reviser_that_memorises_the_refine_split_scores_lower_on_the_test_split() -> None:
+    """The refine score would have praised it; the sealed split, and the gap between the two, do not."""
     refine, test, refine_after, test_after = both(FakeClient(memorising))
-    assert refine_after > refine + 0.15
-    assert test_after < test + 0.02
+    assert refine_after > refine + 0.1
+    assert test_after < test - 0.03
     assert (refine_after - test_after) - (refine - test) > 0.15
 
 
