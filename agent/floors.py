@@ -8,11 +8,12 @@ so an interrupted run has the same floors as an undisturbed one.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from exegete.agent.engine import Batch, Stop, failed, work_through
 from exegete.agent.graph import Workbench
@@ -20,6 +21,7 @@ from exegete.agent.models import Halted
 from exegete.evaluators.baselines import (
     CONSTANT,
     Baseline,
+    Latents,
     firing_tokens,
     floor_subset,
     shuffled_partners,
@@ -27,9 +29,14 @@ from exegete.evaluators.baselines import (
 )
 from exegete.tools.evidence import Evidence, restrict
 from exegete.tools.explainers import Explanation, make_explainer
-from exegete.tools.seeds import derive_seed
+from exegete.tools.seeds import derive_seed, generator
 from exegete.tools.store import LatentRecord, VerdictRecord
 from exegete.tools.windows import LatentEvidence
+
+MOST_RIVALS = 20_000
+"""Where there are no decoder directions to compare, siblings are the most similar of so many latents, drawn by the seed: reading
+the windows of a million would take longer than all floors together."""
+_BLOCK = 250
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,11 @@ class Floors:
         return {pair[latent] for pair in pairs for latent in self.subset if latent in pair}
 
 
-def plan_floors(evidence: Evidence, explained: Sequence[int], count: int, seed: int) -> Floors:
+def plan_floors(evidence: Evidence, explained: Latents, count: int, seed: int) -> Floors:
     """Draw the subset of `explained` latents (ascending) and their partners."""
     subset = floor_subset(explained, count, seed)
-    return Floors(subset, shuffled_partners(explained, seed), _siblings(evidence, explained, subset))
+    known = np.asarray(explained, dtype=np.int64)
+    return Floors(subset, shuffled_partners(known, seed, subset), _siblings(evidence, known, subset, seed))
 
 
 async def score_all_floors(
@@ -97,18 +105,30 @@ async def score_floors(
     return LatentRecord(bench.dictionary, own.latent, "labeled", scores=scores, verdicts=verdicts)
 
 
-def _siblings(evidence: Evidence, explained: Sequence[int], subset: Sequence[int]) -> dict[int, int]:
+def _siblings(evidence: Evidence, explained: NDArray[np.int64], subset: Sequence[int], seed: int) -> dict[int, int]:
     nearest = evidence.folder / "neighbours.parquet"
     if nearest.exists():
-        return _nearest_explained(pq.read_table(nearest).to_pylist(), set(explained), set(subset))
-    tokens: dict[int, Counter[str]] = {own.latent: firing_tokens(own) for own in evidence.read(explained, "explain")}
-    return token_overlap_siblings(tokens, subset)
+        rows = pq.read_table(nearest, columns=["latent", "neighbour", "rank"], filters=[("latent", "in", list(subset))])
+        return _nearest_explained(rows.to_pylist(), explained)
+    own = {one.latent: firing_tokens(one) for one in evidence.read(subset, "explain")}
+    rivals = _rivals(explained, seed)
+    return token_overlap_siblings(own, ((one.latent, firing_tokens(one)) for one in evidence.read(rivals, "explain")))
 
 
-def _nearest_explained(rows: Sequence[Mapping[str, int]], explained: set[int], subset: set[int]) -> dict[int, int]:
+def _rivals(explained: NDArray[np.int64], seed: int) -> list[int]:
+    """Return the latents among which siblings are looked for: `MOST_RIVALS` of many, in blocks that are read at once."""
+    if len(explained) <= MOST_RIVALS:
+        return [int(latent) for latent in explained]
+    blocks = np.array_split(explained, -(-len(explained) // _BLOCK))
+    drawn = generator(seed, "floors", "rivals").permutation(len(blocks))[: MOST_RIVALS // _BLOCK]
+    return sorted(int(latent) for block in drawn for latent in blocks[block])
+
+
+def _nearest_explained(rows: Sequence[Mapping[str, int]], explained: NDArray[np.int64]) -> dict[int, int]:
+    known = set(np.intersect1d(explained, [row["neighbour"] for row in rows]).tolist())
     siblings: dict[int, int] = {}
     for row in sorted(rows, key=lambda row: (row["latent"], row["rank"])):
-        if row["latent"] in subset and row["neighbour"] in explained:
+        if row["neighbour"] in known:
             siblings.setdefault(row["latent"], row["neighbour"])
     return siblings
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from exegete.evaluators.baselines import BASELINES
 from exegete.evaluators.statistics import Interval, difference_interval, mean_interval, paired_interval
-from exegete.tools.store.results import RunResults
+from exegete.tools.store.results import Figures, RunResults
 
 RANDOM_CONTROL = "random_control"
 """Floor of the explanations of a random-weight dictionary's latents, on those latents' own windows."""
@@ -29,17 +29,15 @@ def summarise(
     Where there are `controls` (evaluator → scores of a random-weight dictionary's latents), they stand beside the floors, with
     the difference of the means.
     """
-    own: dict[str, dict[int, float]] = {}
-    floors: dict[tuple[str, str], dict[int, float]] = {}
-    for latent, evaluator, baseline, value, _ in results.headlines(headlines):
-        if baseline is None:
-            own.setdefault(evaluator, {})[latent] = value
-        else:
-            floors.setdefault((evaluator, baseline), {})[latent] = value
-    evaluators = {name: _evaluator(name, headlines[name], scores, floors, rng) for name, scores in sorted(own.items())}
+    own = {name: results.figures(name, metric) for name, metric in sorted(headlines.items())}
+    own = {name: figures for name, figures in own.items() if len(figures.latents)}
+    evaluators = {}
+    for name, scores in own.items():
+        floors = results.floor_figures(name, headlines[name])
+        evaluators[name] = _evaluator(headlines[name], scores, floors, rng)
     for name, figures in evaluators.items():
         if others := (controls or {}).get(name):
-            values = np.array(list(own[name].values()), dtype=np.float64)
+            values = own[name].values
             control = np.array(others, dtype=np.float64)
             figures["floors"][RANDOM_CONTROL] = {
                 headlines[name]: _figure(mean_interval(control, rng), len(control)),
@@ -48,22 +46,17 @@ def summarise(
     return {"outcomes": results.counts("status"), "types": results.counts("typed"), "evaluators": evaluators}
 
 
-def _evaluator(
-    name: str,
-    metric: str,
-    scores: dict[int, float],
-    floors: dict[tuple[str, str], dict[int, float]],
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    values = np.array(list(scores.values()), dtype=np.float64)
+def _evaluator(metric: str, own: Figures, floors: Mapping[str, Figures], rng: np.random.Generator) -> dict[str, Any]:
+    values = own.values
     figures: dict[str, Any] = {"metric": metric, metric: _figure(mean_interval(values, rng), len(values)), "floors": {}}
     for baseline in BASELINES:
-        floor = floors.get((name, baseline), {})
-        shared = sorted(floor.keys() & scores.keys())
-        if not shared:
+        if baseline not in floors:
             continue
-        here = np.array([scores[latent] for latent in shared])
-        there = np.array([floor[latent] for latent in shared])
+        floor = floors[baseline]
+        shared, at_own, at_floor = np.intersect1d(own.latents, floor.latents, return_indices=True)
+        if not len(shared):
+            continue
+        here, there = values[at_own], floor.values[at_floor]
         figures["floors"][baseline] = {
             metric: _figure(mean_interval(there, rng), len(shared)),
             "above": _figure(paired_interval(here, there, rng), len(shared)),

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from exegete.evaluators.typing import Scored, deciding_evaluators, least_controls, types
+import numpy as np
+
+from exegete.evaluators import typing
+from exegete.evaluators.typing import Scores, Typed, deciding_evaluators, least_controls
 from exegete.tools.store.results import RunResults
 
 Controls = Mapping[str, Sequence[float]]
@@ -22,48 +25,54 @@ def typed_latents(
     headlines: Mapping[str, str],
     statuses: Mapping[int, str],
     controls: Controls | None = None,
-) -> dict[int, str]:
-    """Return latent → type, of the latents in `statuses` and those with a score.
+) -> Typed:
+    """Return the types of the latents that have a score, and of those in `statuses` that are not live.
 
     Args:
         results: what the run has stored.
         headlines: evaluator → metric.
-        statuses: latent → live, dead, rare or dense.
+        statuses: latent → live, dead, rare or dense; the live ones may be left out.
         controls: None where the run has no random-weight control.
     """
-    scores: dict[str, list[Scored]] = {}
-    floors: dict[str, list[float]] = {}
-    for latent, evaluator, baseline, value, low in results.headlines(headlines):
-        if baseline is None:
-            scores.setdefault(evaluator, []).append(Scored(latent, value, low))
-        elif baseline == "shuffled":
-            floors.setdefault(evaluator, []).append(value)
-    silent = {latent: str(status) for latent, status in statuses.items() if status != "live"}
+    scores = {name: Scores(*results.figures(name, metric)) for name, metric in headlines.items()}
+    floors = {name: _shuffled(results, name, metric) for name, metric in headlines.items()}
     if controls is None:
-        return types(scores, floors) | silent
+        return _silenced(typing.typed_latents(scores, floors), statuses)
     lacking = too_few(controls)
     enough = {name: values for name, values in controls.items() if name not in lacking}
-    return types(scores, floors, controls=[enough]) | silent
+    return _silenced(typing.typed_latents(scores, floors, controls=[enough]), statuses)
 
 
 def few_floors(results: RunResults, headlines: Mapping[str, str]) -> dict[str, int]:
     """Return the deciding evaluators with fewer shuffled scores than a 95th percentile takes, and how many they have."""
-    counted = dict.fromkeys(deciding_evaluators(headlines), 0)
-    for row in results.headlines(headlines):
-        if row.baseline == "shuffled" and row.evaluator in counted:
-            counted[row.evaluator] += 1
+    counted = {name: len(_shuffled(results, name, headlines[name])) for name in deciding_evaluators(headlines)}
     return {name: count for name, count in counted.items() if count < least_controls(1)}
 
 
 def control_scores(results: RunResults, headlines: Mapping[str, str]) -> dict[str, list[float]]:
     """Return what the run of a random-weight control came to: evaluator → scores, of every evaluator in `headlines`."""
-    found: dict[str, list[float]] = {name: [] for name in headlines}
-    for row in results.headlines(headlines):
-        found[row.evaluator].append(row.value)
-    return found
+    return {name: results.figures(name, metric).values.tolist() for name, metric in headlines.items()}
 
 
 def too_few(controls: Controls) -> list[str]:
     """Return the evaluators that would decide types, and of which `controls` has fewer scores than a bar takes."""
     deciding = deciding_evaluators(controls)
     return [name for name in deciding if len(controls[name]) < least_controls(len(deciding))]
+
+
+def _shuffled(results: RunResults, evaluator: str, metric: str) -> list[float]:
+    found = results.floor_figures(evaluator, metric).get("shuffled")
+    return [] if found is None else found.values.tolist()
+
+
+def _silenced(typed: Typed, statuses: Mapping[int, str]) -> Typed:
+    """Return `typed` with the status of every latent that is not live in place of its type."""
+    silent = {latent: str(status) for latent, status in statuses.items() if status != "live"}
+    if not silent:
+        return typed
+    latents = np.fromiter(silent, dtype=np.int64, count=len(silent))
+    spoken = ~np.isin(typed.latents, latents)
+    every = np.concatenate([typed.latents[spoken], latents])
+    types = np.concatenate([typed.types[spoken], np.array(list(silent.values()))])
+    order = np.argsort(every)
+    return Typed(every[order], types[order])

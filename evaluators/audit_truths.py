@@ -98,7 +98,7 @@ def corrupted(
         begin: stands before every text.
     """
     tokens = {latent: firing_tokens(found) for latent, found in evidence.items()}
-    siblings = token_overlap_siblings(tokens, list(truths))
+    siblings = token_overlap_siblings({latent: tokens[latent] for latent in truths}, tokens.items())
     partners = shuffled_partners(sorted(truths), seed)
     found: dict[int, dict[str, Explanation]] = {}
     for latent, truth in truths.items():

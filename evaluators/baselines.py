@@ -9,8 +9,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from exegete.tools.explainers import Explanation
 from exegete.tools.seeds import generator
@@ -19,41 +22,47 @@ from exegete.tools.windows import LatentEvidence
 Baseline = Literal["shuffled", "sibling", "constant", "token_list"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
+Latents = Sequence[int] | NDArray[np.int64]
+
 CONSTANT = Explanation("Any token of any text.", predicate="always", explainer="constant")
 """Says the same of every latent; as a predicate it matches everywhere, so its balanced accuracy is exactly one half."""
 
 
-def floor_subset(latents: Sequence[int], count: int, seed: int) -> list[int]:
+def floor_subset(latents: Latents, count: int, seed: int) -> list[int]:
     """Return `count` of the explained latents, drawn by `seed`, ascending; all of them where there are fewer."""
     drawn = generator(seed, "floors", "subset").permutation(len(latents))[:count]
-    return sorted(latents[i] for i in drawn)
+    return sorted(np.asarray(latents, dtype=np.int64)[drawn].tolist())
 
 
-def shuffled_partners(latents: Sequence[int], seed: int) -> dict[int, int]:
-    """Return for each latent another one, each used once: a seeded cyclic permutation. Empty for fewer than two."""
+def shuffled_partners(latents: Latents, seed: int, wanted: Latents | None = None) -> dict[int, int]:
+    """Return for each of `latents` another one, each used once: a seeded cyclic permutation. Empty for fewer than two.
+
+    `wanted`: only for these of them; as arrays, a million latents are no dictionary.
+    """
     if len(latents) < 2:
         return {}
-    order = [latents[i] for i in generator(seed, "floors", "shuffled").permutation(len(latents))]
-    return dict(zip(order, order[1:] + order[:1], strict=True))
+    known = np.asarray(latents, dtype=np.int64)
+    order = known[generator(seed, "floors", "shuffled").permutation(len(known))]
+    asked = np.ones(len(known), dtype=np.bool_) if wanted is None else np.isin(order, np.asarray(wanted, np.int64))
+    return dict(zip(order[asked].tolist(), np.roll(order, -1)[asked].tolist(), strict=True))
 
 
-def token_overlap_siblings(tokens: Mapping[int, Counter[str]], wanted: Sequence[int]) -> dict[int, int]:
-    """Return for each wanted latent the one whose firing tokens overlap most with its own (weighted Jaccard).
+def token_overlap_siblings(
+    own: Mapping[int, Counter[str]], others: Iterable[tuple[int, Counter[str]]]
+) -> dict[int, int]:
+    """Return for each latent of `own` the one of `others` whose firing tokens overlap most with its own (weighted Jaccard).
 
-    `tokens`: latent → counts of the tokens it fires on in its explain windows. Ties go to the lower latent; a latent with
-    no overlap at all is left out.
+    Both: latents and the counts of the tokens that they fire on in their explain windows; `others`, which may be many, are
+    drawn one by one. Ties go to the lower latent; a latent is not its own sibling, and one with no overlap is left out.
     """
-    holders: dict[str, list[int]] = {}
-    for latent in sorted(tokens):
-        for token in tokens[latent]:
-            holders.setdefault(token, []).append(latent)
-    siblings = {}
-    for latent in wanted:
-        rivals = {other for token in tokens[latent] for other in holders[token]} - {latent}
-        best = max(sorted(rivals), key=lambda other: _jaccard(tokens[latent], tokens[other]), default=None)
-        if best is not None:
-            siblings[latent] = best
-    return siblings
+    best: dict[int, tuple[float, int]] = {}
+    for other, theirs in others:
+        for latent, tokens in own.items():
+            # Most latents share no token, and that is quickly seen.
+            if other != latent and not tokens.keys().isdisjoint(theirs):
+                rival = (_jaccard(tokens, theirs), -other)
+                best[latent] = max(best.get(latent, rival), rival)
+    return {latent: -best[latent][1] for latent in own if latent in best}
 
 
 def firing_tokens(evidence: LatentEvidence) -> Counter[str]:

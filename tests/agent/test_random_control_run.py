@@ -35,7 +35,7 @@ from exegete.agent.workbench import check_workbench, control_latents
 from exegete.evaluators.typing import Scored, types
 from exegete.tools import activations, random_control
 from exegete.tools.errors import UserError
-from exegete.tools.store.results import Headline
+from exegete.tools.store.results import Figures
 
 CONTROL = 24
 INPUTS = ("subject.name=bundled", "dictionary.path=bundled:tests", "corpus.source=bundled")
@@ -239,9 +239,11 @@ def test_the_identity_of_a_run_contains_it(tmp_path: Path) -> None:
 class Stored:
     """Results of two latents, one of them dead, on one evaluator."""
 
-    def headlines(self, metrics: Any) -> list[Headline]:
-        own = [Headline(latent, "detection", None, 0.9, 0.8) for latent in (1, 2)]
-        return own + [Headline(latent, "detection", "shuffled", 0.5, 0.4) for latent in range(20)]
+    def figures(self, evaluator: str, metric: str) -> Figures:
+        return Figures(np.array([1, 2]), np.array([0.9, 0.9]), np.array([0.8, 0.8]))
+
+    def floor_figures(self, evaluator: str, metric: str) -> dict[str, Figures]:
+        return {"shuffled": Figures(np.arange(20), np.full(20, 0.5), np.full(20, 0.4))}
 
 
 def test_a_status_is_the_type_whatever_a_score_says() -> None:
@@ -249,9 +251,9 @@ def test_a_status_is_the_type_whatever_a_score_says() -> None:
     metrics = {"detection": "balanced_accuracy"}
     statuses = {1: "live", 2: "dead", 3: "rare", 4: "dense", 5: "live"}
     expected = {1: "input", 2: "dead", 3: "rare", 4: "dense"}
-    assert typed_latents(stored, metrics, statuses) == expected
+    assert typed_latents(stored, metrics, statuses).as_dict() == expected
     control = {"detection": [0.85] * 19}
-    assert typed_latents(stored, metrics, statuses, control) == {**expected, 1: "unexplained"}
+    assert typed_latents(stored, metrics, statuses, control).as_dict() == {**expected, 1: "unexplained"}
 
 
 def test_an_evaluator_whose_control_has_too_few_scores_decides_nothing() -> None:
@@ -260,8 +262,9 @@ def test_an_evaluator_whose_control_has_too_few_scores_decides_nothing() -> None
     assert too_few(few) == ["detection"] and too_few({"detection": [0.1] * 19}) == []
     assert too_few({"detection": [0.1] * 39, "fuzzing": [0.1] * 38, "embedding": []}) == ["fuzzing"]
     metrics = {"detection": "balanced_accuracy"}
-    assert typed_latents(stored, metrics, {1: "live"}, few) == {1: "unexplained", 2: "unexplained"}
-    assert typed_latents(stored, metrics, {1: "live"}, {"detection": [0.1] * 19}) == {1: "input", 2: "input"}
+    assert typed_latents(stored, metrics, {1: "live"}, few).as_dict() == {1: "unexplained", 2: "unexplained"}
+    enough = {"detection": [0.1] * 19}
+    assert typed_latents(stored, metrics, {1: "live"}, enough).as_dict() == {1: "input", 2: "input"}
 
 
 def test_a_control_takes_live_latents(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def test_shuffled_partners_are_others_each_used_once() -> None:
     assert all(latent != partner for latent, partner in partners.items())
     assert partners == shuffled_partners(list(range(50)), seed=1) != shuffled_partners(list(range(50)), seed=2)
     assert shuffled_partners([3], seed=0) == {}
+    assert shuffled_partners(list(range(50)), 1, wanted=[7, 9]) == {latent: partners[latent] for latent in (7, 9)}
 
 
 def test_the_floor_subset_is_drawn_by_seed() -> None:
@@ -41,7 +42,10 @@ def test_the_constant_explanation_applies_everywhere() -> None:
 
 def test_siblings_by_token_overlap() -> None:
     tokens = {1: Counter(cat=3, dog=1), 2: Counter(cat=2), 3: Counter(fish=4), 4: Counter(dog=1, cat=3)}
-    assert token_overlap_siblings(tokens, [1, 2, 3]) == {1: 4, 2: 1}
+    own = {latent: tokens[latent] for latent in (1, 2, 3)}
+    assert token_overlap_siblings(own, tokens.items()) == {1: 4, 2: 1}
+    # 1 and 4 overlap with 2 alike: the lower one it is, whichever comes first.
+    assert token_overlap_siblings(own, reversed(tokens.items())) == {1: 4, 2: 1}
 
 
 def test_firing_tokens_come_from_the_explain_split() -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+import numpy as np
 
 from exegete.evaluators.contract import Score
 from exegete.tools.explainers import Explanation
 from exegete.tools.store import DictionaryRecord, LatentRecord, Store
+from exegete.tools.store.results import Figures
 
 DICTIONARY = "sha256:" + "cd" * 32
 
 
-def test_headlines_are_the_figures_of_the_chosen_metrics(tmp_path: Path) -> None:
-    """Own before floors; controls, other metrics, other evaluators and figures without a value are left out."""
+def test_figures_are_those_of_one_metric_by_latent(tmp_path: Path) -> None:
+    """Floors apart; controls, other metrics, other evaluators and figures without a value are left out."""
     own = Explanation("months")
     identity = own.id(DICTIONARY, 3)
 
@@ -36,9 +40,17 @@ def test_headlines_are_the_figures_of_the_chosen_metrics(tmp_path: Path) -> None
             run, [LatentRecord(DICTIONARY, 3, "labeled", [(own, identity)], [(identity, one) for one in scores])]
         )
         results = writer.results(run, DICTIONARY)
-        found = results.headlines({"detection": "balanced_accuracy", "intervention": "accuracy"})
-    assert found == [
-        (3, "detection", None, 0.9, 0.8),
-        (3, "intervention", None, 0.8, None),
-        (3, "intervention", "shuffled", 0.5, 0.3),
-    ]
+        assert shown(results.figures("detection", "balanced_accuracy")) == [(3, 0.9, 0.8)]
+        assert shown(results.figures("intervention", "accuracy")) == [(3, 0.8, None)]
+        assert shown(results.figures("intervention", "f1")) == []
+        floors = results.floor_figures("intervention", "accuracy")
+        assert {floor: shown(figures) for floor, figures in floors.items()} == {"shuffled": [(3, 0.5, 0.3)]}
+        assert results.floor_figures("detection", "balanced_accuracy") == {}
+        assert results.explained_latents().tolist() == [3]
+        assert results.chosen(np.array([2, 3])) == {3: identity}
+
+
+def shown(figures: Figures) -> list[tuple[int, float, float | None]]:
+    """Rows, with None for NaN."""
+    columns = (column.tolist() for column in figures)
+    return [(latent, value, None if math.isnan(low) else low) for latent, value, low in zip(*columns, strict=True)]

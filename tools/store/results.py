@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from exegete.tools.explainers import Explanation
 from exegete.tools.store.records import StepRecord
@@ -13,14 +16,13 @@ if TYPE_CHECKING:
     import duckdb
 
 
-class Headline(NamedTuple):
-    """One latent's figure on one evaluator, its own or a floor's."""
+class Figures(NamedTuple):
+    """The figures of latents on one evaluator, ascending by latent, each shape (latents,)."""
 
-    latent: int
-    evaluator: str
-    baseline: str | None
-    value: float
-    low: float | None
+    latents: NDArray[np.int64]
+    values: NDArray[np.float64]
+    lows: NDArray[np.float64]
+    """Lower ends of the intervals; NaN where there is none."""
 
 
 class RunResults:
@@ -39,6 +41,21 @@ class RunResults:
         )
         return dict(self._connection.execute(query, self._key).fetchall())
 
+    def explained_latents(self) -> NDArray[np.int64]:
+        """Return the latents with a scored explanation, ascending."""
+        query = "SELECT DISTINCT latent FROM data.scores WHERE run = ? AND dictionary = ? AND baseline IS NULL ORDER BY latent"
+        found = self._connection.execute(query, self._key).fetchnumpy()["latent"]
+        return np.asarray(found, dtype=np.int64)
+
+    def chosen(self, latents: Iterable[int]) -> dict[int, str]:
+        """Return latent → id of its scored explanation, of those of `latents` that have one, ascending by latent."""
+        query = (
+            "SELECT latent, max(explanation_id) FROM data.scores WHERE run = ? AND dictionary = ? AND baseline IS NULL"
+            " AND latent IN (SELECT unnest(?::INTEGER[])) GROUP BY latent ORDER BY latent"
+        )
+        wanted = sorted(int(latent) for latent in latents)
+        return dict(self._connection.execute(query, [*self._key, wanted]).fetchall())
+
     def explanations(self, ids: Sequence[str]) -> dict[int, Explanation]:
         """Return latent → explanation for the explanations of these ids."""
         query = (
@@ -51,15 +68,24 @@ class RunResults:
             for latent, text, predicate, explainer, model, prompt, parameters, parent in found
         }
 
-    def headlines(self, metrics: Mapping[str, str]) -> list[Headline]:
-        """Return for each evaluator of `metrics` (evaluator → metric) every figure that has a value, own and floors, in a fixed order."""
+    def figures(self, evaluator: str, metric: str) -> Figures:
+        """Return the latents' own figures that have a value."""
+        return self._figures(evaluator, metric, "baseline IS NULL", [])
+
+    def floor_figures(self, evaluator: str, metric: str) -> dict[str, Figures]:
+        """Return floor → its figures that have a value, of every floor that was scored."""
+        query = "SELECT DISTINCT baseline FROM data.scores WHERE run = ? AND dictionary = ? AND baseline IS NOT NULL ORDER BY 1"
+        floors = [baseline for (baseline,) in self._connection.execute(query, self._key).fetchall()]
+        found = {floor: self._figures(evaluator, metric, "baseline = ?", [floor]) for floor in floors}
+        return {floor: figures for floor, figures in found.items() if len(figures.latents)}
+
+    def _figures(self, evaluator: str, metric: str, where: str, more: list[str]) -> Figures:
         query = (
-            "SELECT latent, evaluator, baseline, value, low FROM data.scores"
-            " JOIN (SELECT unnest(?::VARCHAR[]) AS evaluator, unnest(?::VARCHAR[]) AS metric) USING (evaluator, metric)"
-            " WHERE run = ? AND dictionary = ? AND value IS NOT NULL ORDER BY latent, evaluator, baseline NULLS FIRST"
+            "SELECT latent::BIGINT AS latent, value, coalesce(low, 'NaN'::DOUBLE) AS low FROM data.scores WHERE run = ?"
+            f" AND dictionary = ? AND evaluator = ? AND metric = ? AND {where} AND value IS NOT NULL ORDER BY ALL"
         )
-        chosen = [list(metrics), list(metrics.values()), *self._key]
-        return [Headline(*row) for row in self._connection.execute(query, chosen).fetchall()]
+        found = self._connection.execute(query, [*self._key, evaluator, metric, *more]).fetchnumpy()
+        return Figures(*(np.ma.getdata(found[name]) for name in ("latent", "value", "low")))
 
     def control_steps(self) -> list[tuple[int, StepRecord]]:
         """Return the steps of the cascade's control subset, each behind its latent, by latent and step."""

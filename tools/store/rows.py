@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from exegete.tools.store.records import LatentRecord
 
@@ -168,9 +170,23 @@ def climbs(run: str, records: Sequence[LatentRecord]) -> pa.Table:
     )
 
 
-def typing(run: str, dictionary: str, types: Mapping[int, str]) -> pa.Table:
-    """One row a latent."""
-    return _table(TYPING, [(run, dictionary, latent, typed) for latent, typed in sorted(types.items())])
+Types = Mapping[int, str] | tuple[NDArray[np.int64], NDArray[np.str_]]
+"""Latent → type, as a mapping or as two arrays, shape (latents,)."""
+
+
+def typing(run: str, dictionary: str, types: Types) -> pa.Table:
+    """One row a latent, ascending."""
+    if isinstance(types, Mapping):
+        types = (np.array(list(types), dtype=np.int64), np.array(list(types.values()), dtype=np.str_))
+    latents, typed = types
+    order = np.argsort(latents)
+    columns = [
+        pa.repeat(run, len(latents)),
+        pa.repeat(dictionary, len(latents)),
+        pa.array(latents[order]),
+        pa.array(typed[order]),
+    ]
+    return pa.table(columns, names=TYPING.names).cast(TYPING)
 
 
 def verdicts(run: str, records: Sequence[LatentRecord]) -> pa.Table:

@@ -271,7 +271,7 @@ class Writer:
         """Return what `run` has found out about `dictionary` so far, for reading back."""
         return RunResults(self._connection, run, dictionary)
 
-    def set_types(self, run: str, dictionary: str, types: Mapping[int, str]) -> None:
+    def set_types(self, run: str, dictionary: str, types: rows.Types) -> None:
         """Replace the types (PROTOCOLS §12) of a run's latents: `input`, `unexplained`, `rare`, …"""
         with self._transaction() as connection:
             connection.execute("DELETE FROM data.typing WHERE run = ? AND dictionary = ?", [run, dictionary])
