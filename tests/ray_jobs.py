@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from exegete.tools.errors import UserError
 
@@ -27,3 +31,29 @@ def doubling(marks: str) -> Callable[[int], int]:
         return 2 * number
 
     return double
+
+
+def bundled_model() -> Any:
+    """Return the bundled subject with the dictionary `tests`."""
+    from exegete.tools.bundled import dictionary_path, subject_path
+    from exegete.tools.dictionary_loaders import load_dictionary
+    from exegete.tools.live_model import LiveModel
+    from exegete.tools.subject import load_subject
+
+    subject = load_subject(str(subject_path()))
+    return LiveModel(subject, [load_dictionary(str(dictionary_path("tests")), subject)])
+
+
+@dataclass(frozen=True)
+class LastLogits:
+    """Reads the last logits. The first batch that is read in a worker kills it."""
+
+    marks: Path
+    driver: int
+    """Process that is none."""
+
+    def __call__(self, reading: Any) -> list[np.ndarray]:
+        if os.getpid() != self.driver and not (self.marks / "killed").exists():
+            (self.marks / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return list(reading.logits.cpu().numpy())

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray_jobs
 import torch
@@ -20,14 +21,18 @@ import torch
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'exegete[ray]'")
 
 from exegete.agent.config import RunConfig, load_config
-from exegete.agent.gathering import Inputs, load_inputs, open_corpus, slice_worker, slicer_of
+from exegete.agent.gathering import Inputs, bundled_texts, load_inputs, open_corpus, slice_worker, slicer_of
 from exegete.agent.progress import Lines
 from exegete.tools.activations import Slicer, do_every_slice, run_pass
 from exegete.tools.corpus import Corpus
 from exegete.tools.errors import UserError
+from exegete.tools.generation import generate
+from exegete.tools.interventions import steer
+from exegete.tools.live_model import LiveModel, Trial
 from exegete.tools.merging import merge
 from exegete.tools.ray_workers import WorkerPool, connected
 from exegete.tools.store import Store
+from exegete.tools.trial_workers import TrialPool
 from exegete.tools.workers import Job, parse_workers
 
 TWO = parse_workers("ray:2")
@@ -152,6 +157,30 @@ def test_asked_to_stop_nothing_new_is_begun(cluster: None, tmp_path: Path) -> No
             found.append((number, result))
     assert 2 <= len(found) <= 4
     assert len(list(tmp_path.iterdir())) == len(found)
+
+
+def test_trials_on_two_workers_give_what_one_live_model_gives(
+    cluster: None, prepared: Prepared, tmp_path: Path
+) -> None:
+    subject, dictionary = prepared.inputs.subject, prepared.inputs.dictionary
+    model = LiveModel(subject, [dictionary], batch_tokens=200)
+    texts = list(bundled_texts(5, 12))
+    trials = [
+        Trial(model.tokens(text)[: 20 + 3 * number], steer(dictionary.fingerprint, [number], strength))
+        for number, text in enumerate(texts)
+        for strength in (0.0, 4.0, 16.0)
+    ]
+    read = ray_jobs.LastLogits(tmp_path, os.getpid())
+    expected, written = model.run(trials, read), generate(model, trials[:8], 5, seed=3)
+    assert not (tmp_path / "killed").exists()
+    with TrialPool(TWO, model, ray_jobs.bundled_model, ()) as workers:
+        found = workers.run(trials, read)
+        again = workers.generate(trials[:8], 5, seed=3)
+        with pytest.raises(UserError, match="has no latent 99999"):
+            workers.run([Trial(trials[0].tokens, steer(dictionary.fingerprint, [99999], 1.0))], read)
+    assert (tmp_path / "killed").exists()
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert again == written
 
 
 def test_a_store_that_workers_do_not_see_is_named(prepared: Prepared, tmp_path: Path) -> None:
