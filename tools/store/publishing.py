@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -126,10 +127,14 @@ def _copy(
         next_rows = {table: _next_row(connection, f"run.data.{table}") for table in _GROWING}
         connection.commit()
     except BaseException:
-        connection.rollback()
+        with suppress(
+            duckdb.Error
+        ):  # What failed first is what there is to say; a commit that failed has ended the transaction,
+            connection.rollback()
+        with suppress(duckdb.Error):  # and undoing it has detached what it had attached.
+            connection.execute("DETACH DATABASE IF EXISTS published")
         raise
-    finally:
-        connection.execute("DETACH published")
+    connection.execute("DETACH published")
     return next_rows, before
 
 

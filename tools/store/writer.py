@@ -325,7 +325,7 @@ class Writer:
                 f"a file in the store {str(self._folder)!r} is damaged ({first}); remove the folder of that evidence, "
                 "or restore the part of verdicts, and resume"
             ) from error
-        except (OSError, duckdb.IOException, duckdb.FatalException) as error:
+        except (OSError, duckdb.IOException, duckdb.FatalException, duckdb.TransactionException) as error:
             raise self._unwritten(error) from error
 
     def _exported(self) -> int:
