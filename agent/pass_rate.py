@@ -28,8 +28,10 @@ SECONDS = 20.0
 """After which no further one is begun."""
 LEAST_TOKENS = 32_768
 """Read from the corpus, so that every split has a document."""
-WINDOW_BYTES = 60
-"""Of one window of a latent's evidence on disk, tokens included."""
+ITEM_BYTES = 25
+"""Of a latent's row about one window."""
+WINDOW_BYTES = 160
+"""Of a window itself: tokens, offsets, document. Random windows are shared by all latents, the others may not be."""
 
 
 def pass_lines(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
@@ -44,11 +46,12 @@ def pass_lines(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
         settings = config.evidence.settings(config.seed)
         micro, _ = settings.shape(inputs.subject.device)
         per_batch = estimate(seconds_of(inputs, corpus, micro), least=0.0)
-    held = sum(int(count) for count in (corpus.counts["tokens"],))
+    held = int(corpus.counts["tokens"])
     tokens, known_by = corpus_tokens(config, held / documents, held)
     passes = 2 if config.label.random_control else 1
-    windows = sum(sum(getattr(config.evidence, kind)) for kind in ("firing", "top", "random", "hard"))
-    most = inputs.dictionary.latents * windows * WINDOW_BYTES
+    own = sum(sum(getattr(config.evidence, kind)) for kind in ("firing", "top", "hard"))
+    windows = own + sum(config.evidence.random)
+    most = inputs.dictionary.latents * (windows * ITEM_BYTES + own * WINDOW_BYTES)
     rate = micro * corpus.context_tokens
     rows = [
         (
@@ -63,9 +66,8 @@ def pass_lines(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
     if tokens is None:
         rows.append(("time", f"of the pass not known: {known_by}"))
     else:
-        hours = passes * tokens / rate * per_batch.value / 3600
         rows.append(("tokens", f"{tokens:,.0f}, {known_by}" + (", read twice (random control)" if passes == 2 else "")))
-        rows.append(("time", f"{hours:,.2f} h{_hours(per_batch, passes * tokens / rate)} for the pass"))
+        rows.append(("time", f"{_hours(per_batch, passes * tokens / rate)} for the pass"))
     rows.append(
         (
             "disk",
@@ -143,6 +145,8 @@ def _interval(per_batch: Estimate, rate: float) -> str:
 
 
 def _hours(per_batch: Estimate, batches: float) -> str:
+    unit, seconds = ("h", 3600) if batches * per_batch.value >= 3600 else ("min", 60)
+    text = f"{batches * per_batch.value / seconds:,.1f} {unit}"
     if per_batch.low is None or per_batch.high is None:
-        return ""
-    return f" [{batches * per_batch.low / 3600:,.2f}, {batches * per_batch.high / 3600:,.2f}]"
+        return text
+    return f"{text} [{batches * per_batch.low / seconds:,.1f}, {batches * per_batch.high / seconds:,.1f}]"

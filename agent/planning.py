@@ -214,7 +214,9 @@ def plan(config: RunConfig) -> list[str]:
                 f"nothing to label: no [subject], [dictionary], [corpus], and no evidence in {config.store!r}"
             )
         later = "calls, tokens and USD are measured once the pass is done: the run says them before it labels"
-        return [*lines, *(_row(*row) for row in pass_lines(config, inputs)), _row("cost", later)]
+        asked = config.models.explainer or config.models.judge
+        rows = [*pass_lines(config, inputs), ("cost", later if asked else "none: no language model takes part")]
+        return [*lines, *(_row(*row) for row in rows)]
     for evidence in found:
         lines += [_row("dictionary", f"{evidence.dictionary[:23]}…"), *_dry(config, inputs, evidence)]
     return lines
