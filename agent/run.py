@@ -12,7 +12,8 @@
 7. type     which latents are explained, which honestly are not             (`typed`, `exegete.evaluators.typing`)
 8. publish  the snapshot that everybody reads                               (`exegete.tools.store`)
 
-Steps 3 to 6 are in `stages`. While they go on, `watching` shows progress and keeps the event log.
+Steps 3 to 6 are in `stages`. While they go on, `watching` shows progress and keeps the event log, explanations are embedded
+for `exegete search` (`embedding_run`), and what is there is published every few minutes.
 
 Each stage asks the store what is done already, so the same call after a crash goes on where the last one ended, and ends in
 the same tables; calls to language models that were answered are in its journal and are not paid for again, and latents about
@@ -35,6 +36,7 @@ import numpy as np
 
 from exegete.agent.cascade_summary import cascade_figures
 from exegete.agent.config import RunConfig
+from exegete.agent.embedding_run import EmbeddingRun
 from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.identity import identity
 from exegete.agent.interrupts import stop_on_interrupt
@@ -51,7 +53,7 @@ from exegete.agent.workbench import check_workbench, control_latents
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
-from exegete.tools.store import Store, id_of_run
+from exegete.tools.store import Store, Writer, id_of_run
 
 Result = TypeVar("Result")
 
@@ -90,10 +92,11 @@ def run(config: RunConfig, progress: Progress | None = None, confirm: Ask | None
     inputs = load_inputs(config, progress)
     store = Store.create_or_open(folder)
     with store.writer() as writer, watched(store.folder, progress) as watch, stop_on_interrupt(progress) as asked:
-        deadline = deadline_of(config.label)
-        here = Session(config, inputs, writer, watch, stops(asked, deadline), budget_of(config.models), confirm)
-        watch.vitals.pays_from(here.budget)
-        return _worked_on(here, store, deadline)
+        deadline, budget = deadline_of(config.label), budget_of(config.models)
+        watch.vitals.pays_from(budget)
+        with _embedding(config, writer) as embedding:
+            here = Session(config, inputs, writer, watch, stops(asked, deadline), budget, embedding, confirm)
+            return _worked_on(here, store, deadline)
 
 
 def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcome:
@@ -105,6 +108,8 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
         for evidence in gathered:
             figures[evidence.dictionary], found = _awaited(_label_dictionary(here, evidence, control))
             missing |= found
+        if not here.embedding.finish(here.stop).complete:
+            raise Interrupted
     except Interrupted:
         late = deadline is not None and deadline.reached()
         told = "stopped; what is finished is kept, and the same command goes on from here"
@@ -119,6 +124,14 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
     publish(here)
     here.watch.finished(missing)
     return Outcome(store.folder, True, figures, missing, here.begun)
+
+
+def _embedding(config: RunConfig, writer: Writer) -> EmbeddingRun:
+    """Return what embeds explanations as they are written: nothing, where no embedding model is configured."""
+    from exegete.tools.embedders import SentenceEmbedder
+
+    model = config.models.embedder if config.label.embed else None
+    return EmbeddingRun(writer, model, lambda: SentenceEmbedder(model or "", device=config.models.device))
 
 
 def _gathered(here: Session, store: Store) -> tuple[list[Evidence], tuple[Inputs, Evidence] | None]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from exegete.agent.cascade_control import Control, run_control, subset_of
 from exegete.agent.config import RunConfig
+from exegete.agent.embedding_run import EmbeddingRun
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_latents
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Inputs, Interrupted
@@ -44,6 +45,7 @@ class Session:
     watch: Watch
     stop: Stop
     budget: Budget | None
+    embedding: EmbeddingRun
     confirm: Ask | None = None
     """Asked before much is spent; nobody is asked where it is None."""
     begun: list[str] = field(default_factory=list)
@@ -172,7 +174,7 @@ async def _control(here: Session, own: Labeling, bench: Workbench) -> bool:
         chosen = subset_of(own.evidence, own.latents, config.cascade.control, config.seed)
         here.watch.say(f"cascade: {len(chosen)} random latents climb every rung, and draw best-of-N at equal cost")
         with here.watch.stage("control", len(chosen), "latents") as advance:
-            seen = _publishing(here, lambda records: None, advance)
+            seen = _advancing(advance)
             shown = await run_control(own.evidence, chosen, bench, config.label.concurrency, here.stop, seen)
         if shown is None:
             raise Interrupted
@@ -195,7 +197,7 @@ async def _pilot(here: Session, own: Labeling, bench: Workbench) -> bool:
         chosen = pilot_latents(own.evidence, own.latents, here.config.seed)
         here.watch.say(f"pilot: {len(chosen)} latents show how the judge's errors cluster")
         with here.watch.stage("pilot", len(chosen), "latents") as advance:
-            seen = _publishing(here, lambda records: None, advance)
+            seen = _advancing(advance)
             shown = await run_pilot(own.evidence, chosen, bench, here.config.label.concurrency, here.stop, seen)
         if shown is None:
             raise Interrupted
@@ -245,18 +247,20 @@ async def _floors(here: Session, own: Labeling, bench: Workbench) -> None:
         raise Interrupted
 
 
+def _advancing(advance: Callable[[int], None]) -> Write:
+    """Return a function that counts records which are not stored."""
+    return lambda records: advance(len(records))
+
+
 def _publishing(here: Session, record: Write, advance: Callable[[int], None]) -> Write:
-    """Return a function that writes records, tells the watch, and republishes every `label.publish_seconds`."""
-    published_at = time.monotonic()
+    """Return a function that writes records, tells whoever watches, and republishes every `label.publish_seconds`."""
 
     def write(records: Sequence[LatentRecord]) -> None:
-        nonlocal published_at
         record(records)
         here.watch.recorded(records)
+        here.embedding.written(records)
         advance(len(records))
-        if time.monotonic() - published_at > here.config.label.publish_seconds:
-            publish(here)
-            published_at = time.monotonic()
+        here.writer.publish_soon(here.config.label.publish_seconds)
 
     return write
 
