@@ -256,7 +256,7 @@ def _pass(
     stop: Callable[[], bool],
     control_of: str | None = None,
 ) -> Evidence:
-    from exegete.tools.activations import computing_with, run_pass
+    from exegete.tools.activations import computing_with, run_pass, torch_threads
     from exegete.tools.merging import merge
     from exegete.tools.parts import read_manifest
 
@@ -272,7 +272,7 @@ def _pass(
             if not run_pass(subject, dictionary, corpus, working, settings, stages, stop, slicer, at_least):
                 raise Interrupted
         progress.say("merging the evidence")
-        with computing_with(int(read_manifest(working)["threads"])):
+        with computing_with(int(read_manifest(working).get("threads", torch_threads()))):
             evidence = merge(working, folder, subject, dictionary, corpus, settings)
     assert config.dictionary is not None
     name, provenance = config.dictionary.path, dict(evidence.provenance)

@@ -19,8 +19,11 @@ from exegete.agent.config import RunConfig, load_config
 from exegete.agent.progress import Lines
 from exegete.agent.run import run
 from exegete.agent.slices_cli import do_slices, prepare_slices
+from exegete.tools.activations import computing_with, do_slice, prepare_pass
+from exegete.tools.corpus import Corpus
 from exegete.tools.errors import UserError
 from exegete.tools.parts import is_complete, whole_folder
+from exegete.tools.store import Store
 from exegete.tools.workers import Workers, parse_workers, require_shared, shared_token
 
 CONFIG = """
@@ -121,6 +124,24 @@ def test_slices_that_are_done_are_not_done_again(file: Path, tmp_path: Path) -> 
         "bundled:tests",
         "random control of bundled:tests",
     ]
+
+
+def test_a_pass_is_taken_up_as_it_was_begun(file: Path, tmp_path: Path) -> None:
+    config = of(file, tmp_path, "corpus.documents=40")
+    prepare_slices(config, quiet(), at_least=3)
+    inputs, store = gathering.load_inputs(config, quiet()), Store.open(tmp_path)
+    assert inputs is not None
+    corpus = Corpus.open(gathering.corpus_folder(config, store, inputs.subject))
+    folder = gathering.pass_folder(config, inputs, corpus, store)
+    given = (inputs.subject, inputs.dictionary, corpus, folder, config.evidence.settings(config.seed))
+    with computing_with(2):
+        taken = prepare_pass(*given, begin=False, slices_at_least=2)
+        assert (len(taken.slices), taken.threads) == (3, 1)
+        seen: list[int] = []
+        do_slice(taken, 0, lambda micro_batches: seen.append(torch.get_num_threads()))
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    with pytest.raises(UserError, match="holds no activation pass"):
+        prepare_pass(*given[:3], tmp_path / "elsewhere", given[4], begin=False)
 
 
 def test_what_is_not_prepared_is_said(file: Path, tmp_path: Path) -> None:
