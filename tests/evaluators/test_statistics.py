@@ -7,6 +7,7 @@ import pytest
 
 from exegete.evaluators import statistics as s
 from exegete.evaluators.clustering import INDEPENDENT
+from exegete.tools.seeds import generator
 
 AREAS: tuple[s.Area, ...] = ("auroc", "auprc")
 
@@ -96,3 +97,17 @@ def test_the_difference_of_two_sets_of_latents() -> None:
     assert found.value == pytest.approx(0.2)
     assert (found.low, found.high) == pytest.approx((0.2 - 1.96 * 0.01414, 0.2 + 1.96 * 0.01414), abs=0.002)
     assert s.difference_interval(first, np.array([]), rng).value is None
+
+
+def test_the_interval_of_many_latents_is_the_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of judged windows, bunched and skewed as they are: means to the digit, limits to a few hundredths of the width."""
+    scores = generator(0, "scores").beta(8, 3, 5_000).round(1)
+    others = generator(0, "others").beta(3, 3, 4_000).round(1)
+    exact = [s.mean_interval(scores, generator(1)), s.difference_interval(scores, others, generator(1))]
+    monkeypatch.setattr(s, "MANY_LATENTS", 1_000)
+    normal = [s.mean_interval(scores, generator(1)), s.difference_interval(scores, others, generator(1))]
+    for one, other in zip(exact, normal, strict=True):
+        assert one.value == other.value
+        assert one.low is not None and one.high is not None
+        assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=0.04 * (one.high - one.low))
+    assert normal[0].low == pytest.approx(scores.mean() - s.Z_95 * scores.std() / math.sqrt(5_000))

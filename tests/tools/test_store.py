@@ -10,77 +10,23 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
+from latent_records import DICTIONARY, FakeScore, begin, record
 
 import exegete
 from exegete.agent.sql import run_sql
 from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
 from exegete.tools.interchange import import_evidence
-from exegete.tools.store import DictionaryRecord, LatentRecord, Store, VerdictRecord, Writer, reading
+from exegete.tools.store import LatentRecord, Store, reading
 from exegete.tools.store.schema import schema_version
-from exegete.tools.windows import Window
 
-DICTIONARY = "sha256:" + "ab" * 32
 TABLES = ("results", "explanations", "scores", "typing", "floors")
-
-
-@dataclass(frozen=True)
-class FakeScore:
-    evaluator: str = "detection"
-    metric: str = "balanced_accuracy"
-    value: float | None = 0.75
-    low: float | None = 0.6
-    high: float | None = 0.9
-    n: int = 20
-    failures: int = 0
-    baseline: str | None = None
-    status: str = "ok"
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FakeVerdict:
-    applies: bool | None = True
-    probability: float | None = None
-    status: str = "ok"
-
-
-@dataclass(frozen=True)
-class FakeItem:
-    window: Window
-    marks: tuple[int, ...] | None = None
-    truth: bool = True
-    verdict: FakeVerdict = FakeVerdict()
-    prompt: int = 0
-
-
-def record(latent: int, value: float = 0.75) -> LatentRecord:
-    explanation = Explanation(f"months, as in latent {latent}", predicate=None, parameters={"top": 5})
-    identity = explanation.id(DICTIONARY, latent)
-    window = Window(latent * 10, (" a", " b"), None, True, "test", "firing")
-    scores = [
-        FakeScore(value=value),
-        FakeScore("fuzzing", value=value - 0.1),
-        FakeScore(metric="f1", value=None, status="x"),
-    ]
-    verdicts = [
-        VerdictRecord(identity, "detection", FakeItem(window)),
-        VerdictRecord(identity, "fuzzing", FakeItem(window, (1,))),
-    ]
-    return LatentRecord(
-        DICTIONARY, latent, "labeled", [(explanation, identity)], [(identity, s) for s in scores], verdicts
-    )
-
-
-def begin(writer: Writer) -> str:
-    writer.add_dictionary(DictionaryRecord(DICTIONARY, "toy", 100))
-    return writer.begin_run(config={"a": 1}, seed=0, code_version="0", dictionary=DICTIONARY)
 
 
 def fill(folder: Path, batches: Sequence[Sequence[int]]) -> Store:
@@ -279,7 +225,7 @@ def test_a_second_writer_learns_who_the_first_is(tmp_path: Path) -> None:
 def test_a_killed_writer_blocks_nobody_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
     script = """
         import sys, pathlib
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
         import test_store as t
         with t.Store.create_or_open(pathlib.Path(sys.argv[1])).writer() as writer:
             run = t.begin(writer)
@@ -336,13 +282,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     before = content(fill(tmp_path, [range(10)]))
     script = """
         import sys, pathlib, resource
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
         import test_store as t
         store = t.Store.open(pathlib.Path(sys.argv[1]))
         with store.writer() as writer:
             run = t.begin(writer)
             size = max(path.stat().st_size for path in store.folder.glob("*.duckdb"))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096) if sys.argv[3] == "part" else (size // 2, size // 2))
+            limit = {"part": 4096, "log": 16_384, "checkpoint": size // 2}[sys.argv[3]]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 if sys.argv[3] == "part":
                     writer.record(run, [t.record(latent) for latent in range(10, 2000)])
@@ -351,7 +298,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
             except t.UserError as error:
                 print(error)
     """
-    for stage in ("part", "publish"):
+    for stage in ("part", "log", "checkpoint"):
         arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent), stage]
         found = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert "cannot write to the store" in found.stdout and "free some space" in found.stdout, found.stderr
