@@ -144,6 +144,22 @@ def test_a_pass_is_taken_up_as_it_was_begun(file: Path, tmp_path: Path) -> None:
         prepare_pass(*given[:3], tmp_path / "elsewhere", given[4], begin=False)
 
 
+def test_a_worker_makes_itself_ready_for_the_control_too(file: Path, tmp_path: Path) -> None:
+    config = of(file, tmp_path, "corpus.documents=40", "label.random_control=5", "evidence.slices=2")
+    prepare_slices(config, quiet())
+    inputs, store = gathering.load_inputs(config, quiet()), Store.open(tmp_path)
+    assert inputs is not None
+    corpus = Corpus.open(gathering.corpus_folder(config, store, inputs.subject))
+    for control in (False, True):
+        given = gathering.random_inputs(config, inputs, store, corpus)[0] if control else inputs
+        folder = gathering.pass_folder(config, given, corpus, store)
+        places = (config.model_dump(mode="json"), str(store.folder), str(corpus.folder), str(folder), control)
+        with shared_token(folder) as token:
+            work = gathering.slice_worker(*places, token)
+        assert [work(1), work(1)] == [True, False]
+        assert [part.name for part in folder.glob("slice-*")] == ["slice-00001-of-00002"]
+
+
 def test_what_is_not_prepared_is_said(file: Path, tmp_path: Path) -> None:
     config = of(file, tmp_path, "corpus.documents=40")
     with pytest.raises(UserError, match="is no store"):
