@@ -81,9 +81,11 @@ def _stops(rung: str, decisions: Mapping[str, int]) -> str:
 def _text(figure: Mapping[str, Any], digits: int = 3) -> str:
     if figure["value"] is None:
         return "undefined"
-    low, high = (f"{figure[limit]:.{digits}f}" if figure[limit] is not None else "–" for limit in ("low", "high"))
-    return f"{figure['value']:.{digits}f} [{low}, {high}] (n = {figure['n']:,})"
+    # Adding 0 turns a −0 that rounding leaves into 0.
+    value, low, high = (round(figure[name], digits) + 0.0 for name in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] (n = {figure['n']:,})"
 
 
 def _price(figure: Mapping[str, Any]) -> str:
-    return f"{figure['value']:.3g} {figure['unit']}"
+    digits = ",.0f" if figure["unit"].startswith("tokens") else ".3g"
+    return f"{figure['value']:{digits}} {figure['unit']}"

@@ -8,8 +8,8 @@
 3. Policies: `routed`; `lowest rung only`; `climb always`; `random at equal cost`, which sends as many latents to each rung as
    the rule does, but any, and is mixed with climbing always or never until its mean cost is the rule's; and `best-of`, where
    candidates of one explainer were drawn at equal cost.
-4. Cost is in USD, or in calls where nothing costs money. Of each rung: what it adds to the test score, and that per dollar
-   (per 1,000 calls).
+4. Cost is in USD, or in tokens where nothing costs money. Of each rung: what it adds to the test score, and that per dollar
+   (per million tokens).
 
 Every interval is a percentile bootstrap over latents, all policies on the same resamples, so that differences are paired;
 random routing is worked out anew on each resample, at the rule's mean cost there.
@@ -102,8 +102,8 @@ class _Table:
 def _table(ladders: Sequence[Sequence[Tread]], stops: Sequence[int]) -> _Table:
     rungs = len(ladders[0])
     usd = np.array([[one.usd for one in own] for own in ladders], dtype=np.float64)
-    calls = np.array([[one.calls for one in own] for own in ladders], dtype=np.float64)
-    cost, unit = (usd, "USD") if usd.any() else (calls, "calls")
+    tokens = np.array([[one.tokens for one in own] for own in ladders], dtype=np.float64)
+    cost, unit = (usd, "USD") if usd.any() else (tokens, "tokens")
     test = np.array([[one.test for one in own] for own in ladders], dtype=np.float64)
     return _Table(test, cost.cumsum(axis=1), np.eye(rungs)[list(stops)], unit)
 
@@ -145,7 +145,7 @@ def _policies(table: _Table, weights: Floats, rungs: Sequence[str]) -> dict[str,
     for place, name in enumerate(rungs):
         gain, price = test[:, place] - below, cost[:, place] - before
         figures |= {f"share that stops on {name}": shares[:, place], f"gain of {name}": gain, f"price of {name}": price}
-        figures[f"gain per cost of {name}"] = _ratio(gain, price) * (1 if table.unit == "USD" else 1_000)
+        figures[f"gain per cost of {name}"] = _ratio(gain, price) * (1 if table.unit == "USD" else 1_000_000)
         below, before = test[:, place], cost[:, place]
     return figures
 
@@ -169,7 +169,7 @@ def _against_best_of(steps: Sequence[Sequence[StepRecord]], table: _Table, seed:
         return []
     rows = list(known)
     score = np.array([one.test for one in known.values()], dtype=np.float64)
-    price = np.array([one.usd if table.unit == "USD" else one.calls for one in known.values()], dtype=np.float64)
+    price = np.array([one.usd if table.unit == "USD" else one.tokens for one in known.values()], dtype=np.float64)
     always, its_price = table.test[rows, -1], table.cost[rows, -1]
 
     def figures(weights: Floats) -> dict[str, Floats]:
@@ -212,5 +212,5 @@ def _unit(name: str, cost: str) -> str:
     if name.startswith(("cost of", "price of")):
         return f"{cost} a latent"
     if name.startswith("gain per cost"):
-        return "balanced accuracy per USD" if cost == "USD" else "balanced accuracy per 1,000 calls"
+        return "balanced accuracy per USD" if cost == "USD" else "balanced accuracy per million tokens"
     return "share of latents" if name.startswith("share") else "balanced accuracy"

@@ -127,7 +127,8 @@ def test_the_control_subset_takes_every_rung_and_best_of_n_at_equal_cost(
     climb(evidence, store, ["one-shot", "refine"], "cascade.rounds=1")
     found = rows(
         store,
-        "SELECT latent, list(rung ORDER BY step), list(tokens ORDER BY step), list(test ORDER BY step), list(decision) FROM climbs WHERE control GROUP BY 1 ORDER BY 1",
+        "SELECT latent, list(rung ORDER BY step), list(tokens ORDER BY step), list(test ORDER BY step), list(decision)"
+        " FROM climbs WHERE control GROUP BY 1 ORDER BY 1",
     )
     assert len(found) == CONTROL
     for latent, rungs, tokens, tests, decisions in found:

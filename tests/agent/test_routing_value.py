@@ -68,19 +68,19 @@ def test_by_hand() -> None:
     assert figures["routed"].described()["value"] == pytest.approx(0.85)
 
 
-def test_where_nothing_costs_money_calls_do() -> None:
+def test_where_nothing_costs_money_tokens_do() -> None:
     control = [[step("lexical", 0.6, 0.6), step("one-shot", 0.8, 0.7, calls=9)] for _ in range(4)]
     figures = found(control)
-    assert figures["cost of routed"].value == 9.0 and figures["cost of routed"].unit == "calls a latent"
-    assert figures["gain per cost of one-shot"].value == pytest.approx(0.1 / 9 * 1_000)
-    assert figures["gain per cost of one-shot"].unit == "balanced accuracy per 1,000 calls"
+    assert figures["cost of routed"].value == 900.0 and figures["cost of routed"].unit == "tokens a latent"
+    assert figures["gain per cost of one-shot"].value == pytest.approx(0.1 / 900 * 1_000_000)
+    assert figures["gain per cost of one-shot"].unit == "balanced accuracy per million tokens"
 
 
 def test_an_explanation_that_scores_lower_on_the_refine_split_is_not_taken() -> None:
     control = [[step("lexical", 0.7, 0.65), step("one-shot", 0.6, 0.9, calls=5)] for _ in range(3)]
     figures = found(control)
     assert figures["routed"].value == figures["climb always"].value == pytest.approx(0.65)
-    assert figures["cost of routed"].value == 5.0 and figures["gain of one-shot"].value == 0.0
+    assert figures["cost of routed"].value == 500.0 and figures["gain of one-shot"].value == 0.0
 
 
 def test_no_explanation_scores_as_chance() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from exegete.agent.config import RunConfig, load_config
+from exegete.agent.identity import identity
 from exegete.agent.models import budget_of
 from exegete.agent.planning import plan
-from exegete.agent.identity import identity
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 
