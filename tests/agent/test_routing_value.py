@@ -109,9 +109,9 @@ def test_best_of_n_stands_beside_climbing_always() -> None:
     failed = [*whole, step("best-of", 0.7, None, calls=10)]
     figures = found([drawn, drawn, failed, whole])
     # The best on the refine split counts, whatever its test score.
-    assert figures["best-of"].value == pytest.approx(0.65) and figures["cost of best-of"].value == 10.0
+    assert figures["best-of"].value == pytest.approx(0.65) and figures["cost of best-of"].value == 1000.0
     assert figures["climb always - best-of"].value == pytest.approx(0.05) and figures["best-of"].n == 2
-    assert figures["cost of climb always - best-of"].value == -1.0
+    assert figures["cost of climb always - best-of"].value == -100.0
     assert "best-of" not in found([whole, whole])
 
 
