@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,24 @@ def shown(figures: Figures) -> list[tuple[int, float, float | None]]:
     """Rows, with None for NaN."""
     columns = (column.tolist() for column in figures)
     return [(latent, value, None if math.isnan(low) else low) for latent, value, low in zip(*columns, strict=True)]
+
+
+def test_results_are_read_while_another_thread_writes(tmp_path: Path) -> None:
+    store, found = Store.create_or_open(tmp_path / "store"), []
+    with store.writer() as writer, futures.ThreadPoolExecutor(1) as thread:
+        writer.add_dictionary(DictionaryRecord(DICTIONARY, "toy", 8))
+        run = writer.begin_run(config={}, seed=0, code_version="1", dictionary=DICTIONARY)
+        records = [
+            LatentRecord(DICTIONARY, latent, "no_explanation", missing_calls=latent % 2) for latent in range(500)
+        ]
+
+        def write() -> None:
+            for at in range(0, len(records), 5):
+                writer.record(run, records[at : at + 5])
+
+        writing = thread.submit(write)
+        while not writing.done():
+            found.append(writer.results(run, DICTIONARY).incomplete())
+        writing.result()
+        found.append(writer.results(run, DICTIONARY).incomplete())
+    assert found == sorted(found) and found[-1] == 250 and len(set(found)) > 1

@@ -46,6 +46,7 @@ class Writer:
         self._former: publishing.Former | None = None
         self._publisher = Publisher(self._publish)
         self._journal: StoreJournal | None = None
+        self._reading: list[duckdb.DuckDBPyConnection] = []
 
     @property
     def journal(self) -> StoreJournal:
@@ -76,6 +77,8 @@ class Writer:
                 if self._journal is not None:
                     self._journal.close()
             finally:
+                for reading in self._reading:
+                    reading.close()
                 self._connection.close()
 
     def add_dictionary(self, dictionary: DictionaryRecord) -> None:
@@ -269,7 +272,10 @@ class Writer:
 
     def results(self, run: str, dictionary: str) -> RunResults:
         """Return what `run` has found out about `dictionary` so far, for reading back."""
-        return RunResults(self._connection, run, dictionary)
+        # A connection of its own: one that another thread is just using, to publish or to record, refuses.
+        with self._lock:
+            self._reading.append(self._connection.cursor())
+        return RunResults(self._reading[-1], run, dictionary)
 
     def set_types(self, run: str, dictionary: str, types: rows.Types) -> None:
         """Replace the types (PROTOCOLS §12) of a run's latents: `input`, `unexplained`, `rare`, …"""
