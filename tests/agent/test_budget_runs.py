@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from budgeted import budgeted
+from disturbed import account_usd, bench_of, rows
+from language_model_server import Running, serving
 from planted_store import planted_file, planted_store
 from scripted_wire import SPEC, scripted
 
@@ -15,6 +18,7 @@ import exegete
 from exegete.agent.cli import main
 from exegete.agent.config import ModelsConfig
 from exegete.agent.models import Models, budget_of
+from exegete.tools.errors import UserError
 from exegete.tools.llm import MemoryJournal
 
 SEEDS = (5, 2, 7)
@@ -58,6 +62,35 @@ def test_a_whole_run_keeps_to_its_budget_and_goes_on_with_a_larger_one(
     # The budget had ended it, and by as much as it was raised more was asked.
     assert found.exits[-2] == 2 and found.usd[-1] > found.usd[-2]
     assert found.interrupted is (seed == SEEDS[-1])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic", "openai-batch"])
+def test_a_whole_run_over_http_keeps_to_its_budget(
+    provider: str, server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXEGETE_API_KEY", "test-key")
+    server.reset()
+    bench = bench_of(server, tmp_path, 24, provider, windows_per_split=4)
+    lost = {"kind": "cut_body", "share": 0.05, "once": True}
+    server.behave("judge", answer="oracle", otherwise="never", swell=3.0, faults=[lost])
+    quick = {"models.attempts": 3, "models.batch_linger_s": 0.3, "models.batch_poll_s": 0.2, "models.concurrency": 16}
+    store, share = bench.store("store"), 0.5 if provider.endswith("batch") else 1.0
+    with pytest.raises(UserError, match=r"budget of 0\.5 USD"):
+        bench.label(store, **quick, **{"models.budget_usd": 0.5})
+    first = server.counts()
+    assert 0.1 < share * account_usd(server) <= 0.5 + 1e-9
+    # Of what is left the rest is paid: nothing that was answered is asked again, and the account still holds.
+    outcome = bench.label(store, **quick, **{"models.budget_usd": 5.0})
+    whole = server.counts()
+    assert outcome.finished and whole["asked_again"] == 0 and whole["tokens"] > first["tokens"]
+    ((usd, worst_usd),) = rows(store, "SELECT sum(usd), sum(unknown_worst_usd) FROM costs")
+    assert usd - 1e-9 <= share * account_usd(server) <= usd + worst_usd + 1e-9 <= 5.0
 
 
 def told(*command: str) -> int:

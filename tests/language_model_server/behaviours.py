@@ -89,6 +89,8 @@ class Behaviour:
     logprobs: Literal["given", "ignored", "rejected"] = "given"
     structured: Literal["given", "ignored", "rejected"] = "given"
     temperature: Literal["given", "rejected"] = "given"
+    swell: float = 1.0
+    """Input tokens are billed by a factor between 1 and this, drawn by the question."""
     cache_min_tokens: int = 1_024
     """Shortest prefix that the provider caches."""
     batch_s: float = 0.0

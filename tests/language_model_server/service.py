@@ -18,7 +18,7 @@ from typing import Any
 
 from . import anthropic_messages, openai_chat
 from .answers import cut_to, spoil
-from .behaviours import SPOILING, STATUSES, Behaviour, Fault, Model, Models
+from .behaviours import SPOILING, STATUSES, Behaviour, Fault, Model, Models, uniform
 from .judges import reply
 from .questions import Question, RequestError, digest_of
 from .record import Entry, Log
@@ -155,7 +155,19 @@ class Service:
             answer = spoil(answer, fault.kind)
         if asked.max_tokens is not None:
             answer = cut_to(answer, asked.max_tokens)
-        return wire.completion(model, asked, answer)
+        completion = wire.completion(model, asked, answer)
+        _swell(completion["usage"], model.behaviour, asked)
+        return completion
+
+
+def _swell(usage: dict[str, Any], behaviour: Behaviour, asked: Question) -> None:
+    """Have more input tokens billed than there are, as the behaviour says."""
+    share = uniform(behaviour.seed, "swell", *asked.user)
+    kind = "prompt_tokens" if "prompt_tokens" in usage else "input_tokens"
+    more = round(usage[kind] * (behaviour.swell - 1) * share)
+    usage[kind] += more
+    if "total_tokens" in usage:
+        usage["total_tokens"] += more
 
 
 def _billed(usage: Mapping[str, Any]) -> int:
