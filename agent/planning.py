@@ -260,9 +260,11 @@ def _dry(config: RunConfig, inputs: Inputs | None, evidence: Evidence) -> list[s
 
 def _writer(config: RunConfig, stack: ExitStack) -> Writer | None:
     """Return the store's writer, None where another process has it."""
+    from exegete.tools.store.folder import BeingWritten
+
     try:
         return stack.enter_context(_store(config).writer())
-    except UserError:
+    except BeingWritten:
         return None
 
 

@@ -88,6 +88,13 @@ def test_a_plan_made_beside_a_run_leaves_its_store_alone(bench: Bench) -> None:
     assert "not kept: another process writes to the store" in "\n".join(lines)
 
 
+def test_a_damaged_store_is_said_to_be(bench: Bench) -> None:
+    store = bench.store("store")
+    (store / "run.duckdb").write_bytes(b"no database")
+    with pytest.raises(UserError):
+        plan(config_of(bench, store))
+
+
 def test_batches_are_not_waited_for(bench: Bench) -> None:
     store = bench.store("store")
     batch = bench.server.spec("openai-batch", "judge")

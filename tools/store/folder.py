@@ -24,6 +24,10 @@ _DATABASE = "run.duckdb"
 _FOLDERS = ("evidence", "verdicts", "calls", "embeddings", "corpora", "passes", "controls")
 
 
+class BeingWritten(UserError):
+    """Another process writes to the store."""
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """A store's folder. Make one with `Store.create_or_open` or `Store.open`."""
@@ -128,7 +132,7 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             pid = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
-            raise UserError(
+            raise BeingWritten(
                 f"process {pid} is writing to the store {str(folder)!r}; wait until it ends, or stop it (kill {pid})"
             ) from error
         os.ftruncate(descriptor, 0)
