@@ -25,6 +25,7 @@ from exegete.evaluators.clustering import CAUTIOUS
 from exegete.tools.evidence import LATENTS, Evidence
 from exegete.tools.store import DictionaryRecord, Store
 from exegete.tools.store.journal_file import CALL_COLUMNS, JournalFile
+from exegete.tools.store.schema import QUIET
 
 IN_A_PART = 250
 """Latents in one transaction."""
@@ -92,6 +93,7 @@ def make_store(config: RunConfig, latents: int, missing: int, calls: int, verdic
         writer.set_pilot(run, evidence.dictionary, dict.fromkeys(("detection", "fuzzing"), asdict(CAUTIOUS)))
     key = {"run": run, "dictionary": evidence.dictionary}
     with duckdb.connect(str(folder / "run.duckdb")) as connection:
+        connection.execute(QUIET)
         _results(connection, key, latents, missing)
         _verdicts(connection, key, folder, missing, min(missing + verdict_latents, latents))
     _calls(folder / "journal.sqlite", run, calls)

@@ -226,7 +226,7 @@ def test_a_part_that_was_not_registered_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_many_calls_go_into_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exegete.tools.store.writer._CALLS_IN_A_PART", 10)
+    monkeypatch.setattr("exegete.tools.store.exported_calls._CALLS_IN_A_PART", 10)
     with Store.create_or_open(tmp_path).writer() as writer:
         journal = writer.journal.of_run("a")
 

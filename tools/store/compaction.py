@@ -25,6 +25,7 @@ from typing import NamedTuple
 import duckdb
 
 from exegete.tools.store.parts import sync_file, sync_folder
+from exegete.tools.store.schema import QUIET
 
 FAN = 16
 LARGE_ROWS = 1_000_000
@@ -119,6 +120,7 @@ def _write(path: Path, parts: Sequence[Path], order: str) -> None:
         "temp_directory": str(path.parent.parent / ".merging"),
     }
     with duckdb.connect(config=settings) as merging:
+        merging.execute(QUIET)
         rows = merging.read_parquet([str(part) for part in parts])
         merging.execute(
             f"COPY (SELECT * FROM rows ORDER BY {order}) TO '{quoted}'"

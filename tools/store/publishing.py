@@ -24,7 +24,7 @@ import duckdb
 
 from exegete.tools.store.macros import macro_statements
 from exegete.tools.store.parts import sync_file, sync_folder
-from exegete.tools.store.schema import schema_version, utc_now
+from exegete.tools.store.schema import QUIET, schema_version, utc_now
 from exegete.tools.store.views import BEST, WORKED_OUT, view_statements, worked_out_queries
 
 SNAPSHOT = "labels.duckdb"
@@ -163,6 +163,7 @@ def _next_row(connection: duckdb.DuckDBPyConnection, table: str) -> int:
 
 def _finish(temporary: Path, folder: Path, before: int | None) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
+        snapshot.execute(QUIET)
         _work_out(snapshot, before)
         # Looking at a damaged part ends a transaction, so before it begins.
         statements = statements_for(snapshot, folder)

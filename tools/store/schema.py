@@ -12,6 +12,9 @@ from exegete.tools.seeds import digest
 if TYPE_CHECKING:
     import duckdb
 
+QUIET = "SET enable_progress_bar = false"
+"""DuckDB draws progress bars in notebooks, of everything that takes seconds; what the store does by itself is not to."""
+
 _LEDGER = """
 CREATE TABLE IF NOT EXISTS main.migrations (
     version INTEGER PRIMARY KEY, name VARCHAR NOT NULL, digest VARCHAR NOT NULL,

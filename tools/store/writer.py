@@ -15,23 +15,22 @@ from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import digest
-from exegete.tools.store import call_rows, forgetting, publishing, rows
+from exegete.tools.store import forgetting, publishing, rows
 from exegete.tools.store.compaction import compact
+from exegete.tools.store.exported_calls import ExportedCalls
 from exegete.tools.store.journal_file import JOURNAL, SPENT_TOKENS, SPENT_USD
 from exegete.tools.store.parts import write_part
 from exegete.tools.store.publisher import Publisher
 from exegete.tools.store.recorded import Recorded
 from exegete.tools.store.records import DictionaryRecord, LatentRecord, RunRecord, RunStatus
 from exegete.tools.store.results import RunResults
-from exegete.tools.store.schema import utc_now
+from exegete.tools.store.schema import QUIET, utc_now
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from exegete.tools.store.embeddings import Embeddings
     from exegete.tools.store.journal import StoreJournal
-
-_CALLS_IN_A_PART = 25_000
 
 
 class Writer:
@@ -42,6 +41,7 @@ class Writer:
         self._connection = connection
         self._lock = threading.RLock()
         self._recorded = Recorded(connection)
+        self._calls = ExportedCalls(folder, connection, self._lock, self._transaction)
         self._removals = 0
         self._former: publishing.Former | None = None
         self._publisher = Publisher(self._publish)
@@ -59,7 +59,7 @@ class Writer:
 
         with self._lock:
             if self._journal is None:
-                self._journal = StoreJournal(self._folder / JOURNAL, self._exported())
+                self._journal = StoreJournal(self._folder / JOURNAL, self._calls.last())
             return self._journal
 
     @property
@@ -144,8 +144,8 @@ class Writer:
             UserError: the journal cannot be opened, or a part of calls is damaged.
         """
         with self._lock:
-            since = self.journal.spent_usd(run, after=self._exported())
-            before = self._of_exported_calls(SPENT_USD, run)
+            since = self.journal.spent_usd(run, after=self._calls.last())
+            before = self._calls.aggregates(SPENT_USD, run)
         return since + (float(before[0]) if before else 0.0)
 
     def spent_tokens(self, run: str) -> int:
@@ -154,24 +154,10 @@ class Writer:
         What was sent without a reply being written down left no count: each such call is taken for the largest of the run.
         """
         with self._lock:
-            found = [self.journal.spent_tokens(run, after=self._exported())]
-            found += [before] if (before := self._of_exported_calls(SPENT_TOKENS, run)) else []
+            found = [self.journal.spent_tokens(run, after=self._calls.last())]
+            found += [before] if (before := self._calls.aggregates(SPENT_TOKENS, run)) else []
         taken, unknown, most = zip(*found, strict=True)
         return int(sum(taken) + sum(unknown) * max(most))
-
-    def _of_exported_calls(self, aggregates: str, run: str) -> tuple[Any, ...] | None:
-        """Return aggregates over the calls of a run that readers can see; None where they can see none of any run."""
-        parts = self._connection.execute("SELECT part FROM data.call_parts").fetchall()
-        if not parts:
-            return None
-        query = f"SELECT {aggregates} FROM read_parquet(?) WHERE run = ?"
-        try:
-            paths = [str(self._folder / "calls" / part) for (part,) in parts]
-            return self._connection.execute(query, [paths, run]).fetchone()
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise UserError(
-                f"a part of calls in the store {str(self._folder)!r} is damaged ({str(error).splitlines()[0]}); restore it"
-            ) from error
 
     def runs(self) -> list[RunRecord]:
         """Return all runs, the one begun last first."""
@@ -313,10 +299,12 @@ class Writer:
 
     def _publish(self) -> None:
         try:
-            self._export_calls()
+            if self._journal is not None or (self._folder / JOURNAL).exists():
+                self._calls.export(self.journal)
             compact(self._connection, self._lock, self._folder)
             with self._lock:
                 cursor = self._connection.cursor()
+                cursor.execute(QUIET)
                 cursor.begin()
                 # From the first reading on, the transaction sees the store as it is now.
                 cursor.execute("SELECT count(*) FROM data.results").fetchall()
@@ -333,29 +321,6 @@ class Writer:
             ) from error
         except (OSError, duckdb.IOException, duckdb.FatalException, duckdb.TransactionException) as error:
             raise self._unwritten(error) from error
-
-    def _exported(self) -> int:
-        """Return the number of the last call in the journal that readers can see."""
-        found = self._connection.execute("SELECT coalesce(max(settled), 0) FROM data.call_parts").fetchall()
-        return int(found[0][0])
-
-    def _export_calls(self) -> None:
-        """Bring the calls that the journal has settled since into parts; those in flight replace the ones of last time."""
-        if self._journal is None and not (self._folder / JOURNAL).exists():
-            return
-        with self._lock:
-            exported, full = self._exported(), True
-        while full:
-            settled, in_flight = self.journal.account(exported, _CALLS_IN_A_PART)
-            full = len(settled) == _CALLS_IN_A_PART
-            exported = settled[-1][0] if settled else exported
-            part = write_part(self._folder / "calls", call_rows.calls(settled)) if settled else None
-            # Where the next call begins is stored with the part: a crash can neither lose calls nor double them.
-            with self._transaction() as connection:
-                if part is not None:
-                    connection.execute("INSERT INTO data.call_parts VALUES (?, ?, ?)", [part, len(settled), exported])
-                connection.execute("DELETE FROM data.open_calls")
-                self._insert("open_calls", call_rows.calls(in_flight))
 
     def _unrecorded(self, run: str, records: Sequence[LatentRecord], floors: bool) -> list[LatentRecord]:
         new: dict[tuple[str, int], LatentRecord] = {}
