@@ -15,7 +15,7 @@ import duckdb
 from exegete.tools.errors import UserError
 from exegete.tools.store.parts import remove_orphans, sync_file, sync_folder
 from exegete.tools.store.publishing import SNAPSHOT, discard
-from exegete.tools.store.schema import migrate
+from exegete.tools.store.schema import QUIET, migrate
 from exegete.tools.store.writer import Writer, evidence_path
 
 FORMAT = 1
@@ -165,6 +165,7 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
             f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?"
         ) from error
     try:
+        connection.execute(QUIET)
         migrate(connection, where)
         for kind in ("verdict", "call", "embedding"):
             registered = {part for (part,) in connection.execute(f"SELECT part FROM data.{kind}_parts").fetchall()}
