@@ -47,6 +47,10 @@ def search(
     like: Annotated[
         int | None, typer.Option("--like", help="In place of a phrase: a latent, whose nearest in meaning are shown.")
     ] = None,
+    agree: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--agree", help="In place of a phrase: two dictionaries, and how far their explanations agree."),
+    ] = None,
     embedder: Annotated[
         str | None, typer.Option("--embedder", help="Embedding model, where the store has several or it was moved.")
     ] = None,
@@ -59,13 +63,16 @@ def search(
     from exegete.tools.search import search as find
     from exegete.tools.store import connect
 
-    if (phrase is None) == (like is None):
-        raise UserError("exegete search: give a phrase, or --like LATENT")
+    if [phrase, like, agree].count(None) != 2:
+        raise UserError("exegete search: give a phrase, --like LATENT, or --agree DICTIONARY DICTIONARY")
     if words and meaning:
         raise UserError("--words and --meaning: give one of them, or neither for both")
     by: By = "words" if words else "meaning" if meaning else "both"
     with connect(store) as connection:
         chosen = None if dictionary is None else choose_dictionary(connection, dictionary)
+        if agree is not None:
+            typer.echo(_agreement(connection, agree, embedder, format))
+            return
         if phrase is None:
             assert like is not None
             found = nearest_to_latent(connection, chosen or choose_dictionary(connection, None), like, limit=limit)
@@ -100,6 +107,32 @@ def embed(
         finally:
             writer.publish()
     typer.echo(f"{done.texts:,} explanations embedded by {model}; every explanation of the store has an embedding")
+
+
+def _agreement(
+    connection: duckdb.DuckDBPyConnection, pair: tuple[str, str], embedder: str | None, format: Shown
+) -> str:
+    from exegete.agent.latent_cards import choose_dictionary
+    from exegete.tools.agreement import explanation_agreement
+
+    one, other = (choose_dictionary(connection, name) for name in pair)
+    found = explanation_agreement(connection, one, other, model=None if embedder is None else _stored_name(embedder))
+    figures = {
+        "cosine of the nearest explanation": found.mean,
+        "  of another latent's nearest": found.mean_floor,
+        "  of what means nothing": found.mean_chance,
+        "above that by": found.above,
+    }
+    if format is Shown.json:
+        columns = (found.latents, found.nearest, found.cosine, found.floor, found.chance)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        latents = [dict(zip(("latent", "nearest", "cosine", "floor", "chance"), row, strict=True)) for row in rows]
+        means = {name.strip(): figure._asdict() for name, figure in figures.items()}
+        return json.dumps({"means": means, "model": found.model, "latents": latents}, indent=1)
+    return "\n".join(
+        f"{name:<33} {figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}] (n = {figure.n})"
+        for name, figure in figures.items()
+    )
 
 
 def _embedder_of_run(store: Path) -> str:

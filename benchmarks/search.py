@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import duckdb
 import numpy as np
@@ -31,6 +32,7 @@ from exegete.tools.seeds import generator
 from exegete.tools.store import DictionaryRecord, Store, Writer
 
 WIDTH = 384
+_VOCABULARY = 4_096
 A, B = ("sha256:" + letter * 64 for letter in "ab")
 PHRASES = {
     "a word in 1 of 1,000": "zither",
@@ -60,8 +62,7 @@ class WordVectors:
     name = "sum-of-words"
 
     def __init__(self) -> None:
-        self._words: dict[str, int] = {}
-        self._vectors = np.empty((0, WIDTH), dtype=np.float32)
+        self._vectors = generator(0, "words").standard_normal((_VOCABULARY, WIDTH), dtype=np.float32)
 
     def query(self, text: str) -> Vectors:
         """Return the vector of a text, shape (384,)."""
@@ -71,16 +72,11 @@ class WordVectors:
     def passages(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of texts, shape (text, 384)."""
         split = [text.lower().split() for text in texts]
-        self._learn({word for words in split for word in words})
-        found = np.stack([self._vectors[[self._words[word] for word in words]].sum(axis=0) for words in split])
+        rows = [crc32(word.encode()) % _VOCABULARY for words in split for word in words]
+        begins = np.cumsum([0, *map(len, split[:-1])])
+        found = np.add.reduceat(self._vectors[rows], begins)
         unit: Vectors = found / np.linalg.norm(found, axis=1, keepdims=True)
         return unit
-
-    def _learn(self, words: set[str]) -> None:
-        new = sorted(words - self._words.keys())
-        self._words |= {word: len(self._words) + place for place, word in enumerate(new)}
-        drawn = [generator(0, "word", word).standard_normal(WIDTH, dtype=np.float32) for word in new]
-        self._vectors = np.concatenate([self._vectors, *(row[None] for row in drawn)])
 
 
 def make_store(folder: Path, latents: int) -> dict[str, float]:

@@ -86,6 +86,20 @@ def test_what_is_nearest_to_a_latent(embedded: Path) -> None:
     assert {hit["latent"] for hit in found["hits"]} == {1, 2, 3} and found["embedded"] == 3
 
 
+def test_how_far_two_dictionaries_agree(tmp_path: Path) -> None:
+    with writing(tmp_path / "s") as writer:
+        for dictionary in (A, B):
+            record(writer, [explained(i, text, dictionary) for i, text in enumerate(["cat", "dog", "price"])])
+        embed(writer, AxisEmbedder())
+    asked = ("search", "--agree", "first", "second", "--store", str(tmp_path / "s"))
+    lines = run(*asked).splitlines()
+    assert lines[0] == "cosine of the nearest explanation 1.000 [1.000, 1.000] (n = 3)"
+    assert [line.split("  ")[0].strip() or line.strip()[:2] for line in lines[1:]] == ["of", "of", "above that by"]
+    found = json.loads(run(*asked, "--format", "json"))
+    assert found["means"]["of another latent's nearest"]["value"] == 0 and found["model"] == "axes"
+    assert [row["nearest"] for row in found["latents"]] == [0, 1, 2]
+
+
 def test_embedding_again_embeds_nothing_and_needs_no_name_of_a_run(embedded: Path, minilm: str) -> None:
     assert run("embed", "--store", str(embedded), "--embedder", minilm).startswith("0 explanations embedded")
     with pytest.raises(UserError, match="names no embedding model; give one: --embedder"):
@@ -109,8 +123,8 @@ def test_a_moved_model_is_recognised_and_another_named(embedded: Path, minilm: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("search",), "give a phrase, or --like LATENT"),
-        (("search", "cat", "--like", "3"), "give a phrase, or --like LATENT"),
+        (("search",), "give a phrase, --like LATENT, or --agree"),
+        (("search", "cat", "--like", "3"), "give a phrase, --like LATENT, or --agree"),
         (("search", "cat", "--words", "--meaning"), "give one of them"),
         (("search", "  "), "is blank"),
         (("search", "x" * 10_000), "has 10,000 characters; a search takes 1,000"),

@@ -97,4 +97,4 @@ SELECT a.latent, p.nearest.latent AS nearest_latent, p.cosine, list_inner_produc
 FROM of_a a JOIN paired p USING (model, place)
 LEFT JOIN paired other ON other.model = a.model AND other.place = a.place % a.n + 1 AND a.n > 1
 ORDER BY a.model, a.latent;
-COMMENT ON MACRO TABLE explanation_agreement IS 'For each latent of the first the explanation of the second that is nearest to its own in meaning, with the cosine; floor is the cosine to the nearest of another latent, drawn by hash. Compares every pair: for two dictionaries of some 20,000 latents; for more, tools.agreement.';
+COMMENT ON MACRO TABLE explanation_agreement IS 'For each latent of the first the explanation of the second that is nearest to its own in meaning, with the cosine; floor is the cosine to the nearest of another latent, drawn by hash. Compares every pair: for two dictionaries of some 20,000 latents; for more, and for a floor by chance, exegete search --agree.';
