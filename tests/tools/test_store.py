@@ -24,6 +24,7 @@ from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
 from exegete.tools.interchange import import_evidence
 from exegete.tools.store import LatentRecord, Store, reading
+from exegete.tools.store.records import StepRecord
 from exegete.tools.store.schema import schema_version
 
 TABLES = ("results", "explanations", "scores", "typing", "floors")
@@ -83,6 +84,27 @@ def test_forgetting_leaves_explanations_that_another_run_has(tmp_path: Path) -> 
         found = connection.execute("SELECT DISTINCT run, latent FROM scores ORDER BY latent").fetchall()
         assert found == [(other, 2), (run, 4)]
         assert connection.execute("SELECT DISTINCT run, latent FROM verdicts ORDER BY latent").fetchall() == found
+
+
+def test_a_control_subset_that_is_made_anew_takes_its_explanations_with_it(tmp_path: Path) -> None:
+    def climbed(latent: int, *texts: str) -> LatentRecord:
+        explanations = [(Explanation(text), Explanation(text).id(DICTIONARY, latent)) for text in texts]
+        steps = [
+            StepRecord(number, "refine", identity, None, None, None, 0, 1, 10, 0.0, "control", control=True)
+            for number, (_, identity) in enumerate(explanations)
+        ]
+        return LatentRecord(DICTIONARY, latent, "labeled", explanations, steps=steps)
+
+    with Store.create_or_open(tmp_path / "store").writer() as writer:
+        run = begin(writer)
+        writer.record(run, [record(1), record(3)])
+        writer.set_control(run, DICTIONARY, [climbed(1, "first", "astray"), climbed(2, "first")])
+        writer.set_control(run, DICTIONARY, [climbed(1, "first", "second"), climbed(2, "other")])
+        writer.publish()
+    with exegete.connect(tmp_path / "store") as connection:
+        found = connection.execute("SELECT latent, text FROM explanations ORDER BY ALL").fetchall()
+    own = [(latent, f"months, as in latent {latent}") for latent in (1, 3)]
+    assert found == [(1, "first"), own[0], (1, "second"), (2, "other"), own[1]]
 
 
 def test_what_readers_see_outlives_a_process_that_was_killed_before_it_could_publish(tmp_path: Path) -> None:

@@ -98,8 +98,22 @@ def forget(connection: duckdb.DuckDBPyConnection, forgotten: Forgotten, replaced
     )
     connection.execute(f"DELETE FROM data.scores WHERE {_SUPERSEDED}", key)
     connection.execute(f"DELETE FROM data.climbs WHERE {here} AND NOT control AND {own}", key)
-    connection.execute(_DELETE_UNUSED, {"dictionary": key["dictionary"]})
+    forget_unused(connection, key["dictionary"])
     for part, remaining in replaced.items():
         connection.execute("DELETE FROM data.verdict_parts WHERE part = ?", [part])
         if remaining is not None:
             connection.execute("INSERT INTO data.verdict_parts VALUES (?, ?) ON CONFLICT DO NOTHING", remaining)
+
+
+def choose_control(connection: duckdb.DuckDBPyConnection, run: str, dictionary: str) -> None:
+    """Choose the latents of a run's control subset, whose climbs are about to be replaced."""
+    query = (
+        "CREATE OR REPLACE TEMP TABLE forgotten AS SELECT DISTINCT latent, false AS of_floors FROM data.climbs"
+        " WHERE run = $run AND dictionary = $dictionary AND control"
+    )
+    connection.execute(query, {"run": run, "dictionary": dictionary})
+
+
+def forget_unused(connection: duckdb.DuckDBPyConnection, dictionary: str) -> None:
+    """Remove explanations of the chosen latents that nothing rests on any more, in the transaction that is open."""
+    connection.execute(_DELETE_UNUSED, {"dictionary": dictionary})

@@ -248,13 +248,17 @@ class Writer:
         Only the explanations and steps of `records` are taken: what the run says of these latents is recorded like that of
         all others.
         """
-        with self._transaction() as connection:
-            connection.execute(
-                "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND control", [run, dictionary]
-            )
-            self._removals += 1
-            self._insert_explanations(rows.explanations(records))
-            self._insert("climbs", rows.climbs(run, records))
+        with self._lock:
+            forgetting.choose_control(self._connection, run, dictionary)
+            with self._transaction() as connection:
+                connection.execute(
+                    "DELETE FROM data.climbs WHERE run = ? AND dictionary = ? AND control", [run, dictionary]
+                )
+                self._removals += 1
+                self._insert_explanations(rows.explanations(records))
+                self._insert("climbs", rows.climbs(run, records))
+                # Where calls were missing, it had tried other explanations.
+                forgetting.forget_unused(connection, dictionary)
 
     def results(self, run: str, dictionary: str) -> RunResults:
         """Return what `run` has found out about `dictionary` so far, for reading back."""
