@@ -127,11 +127,10 @@ def test_leaving_without_finishing_keeps_what_is_embedded(tmp_path: Path, monkey
             return super().passages(texts)
 
     records = [explained(i, f"cat{i}") for i in range(2)]
-    with writing(tmp_path / "s") as writer:
-        with EmbeddingRun(writer, "axes", Slow) as embedding:
-            record(writer, records)
-            embedding.written(records)
-            assert going_on.wait(20)
+    with writing(tmp_path / "s") as writer, EmbeddingRun(writer, "axes", Slow) as embedding:
+        record(writer, records)
+        embedding.written(records)
+        assert going_on.wait(20)
     assert len(embedded(tmp_path / "s")) == 2
 
 
@@ -164,7 +163,9 @@ def test_random_controls_and_blank_explanations_are_not_embedded(tmp_path: Path)
         record(writer, [explained(0, "cat"), explained(1, " ")])
         record(writer, [explained(0, "dog", control)])
         record(writer, [explained(0, "price", B)])
-        assert embed(writer, AxisEmbedder()) == 2
+        with EmbeddingRun(writer, "axes", AxisEmbedder) as embedding:
+            embedding.written([explained(0, "dog", control), explained(0, "cat"), explained(1, " ")])
+            assert embedding.finish() == Embedded(2, True)
     assert [row[:2] for row in embedded(tmp_path / "s")] == [(A, 0), (B, 0)]
 
 
@@ -184,7 +185,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         [part] = (tmp_path / "s/embeddings").iterdir()
         whole = part.read_bytes()
         part.write_bytes(b"nothing")
-        with pytest.raises(UserError, match="a part of embeddings in .* is damaged"):
+        with pytest.raises(UserError, match=r"a part of embeddings in .* is damaged"):
             embed(writer, AxisEmbedder())
         part.write_bytes(whole)
 

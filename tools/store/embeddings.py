@@ -33,11 +33,12 @@ FOLDER = "embeddings"
 PART_ROWS = 8_192
 """Rows of a part, where there are so many: 12 MB of vectors with 384 components."""
 
-_MISSING = """
+_CONTROLS = "SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%'"
+_MISSING = f"""
 CREATE OR REPLACE TEMP TABLE missing_embeddings AS
 SELECT row_number() OVER (ORDER BY dictionary, latent, explanation_id) AS number, dictionary, latent, explanation_id, text
 FROM data.explanations e
-WHERE dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%') AND trim(text) <> ''
+WHERE dictionary NOT IN ({_CONTROLS}) AND trim(text) <> ''
 """
 
 
@@ -81,13 +82,14 @@ class Embeddings:
             yield _in_chunks(cursor, at_a_time)
 
     def without_known(self, model: str, texts: Sequence[Text]) -> list[Text]:
-        """Return those of `texts` that `model` has not embedded, each once.
+        """Return those of `texts` that `model` has not embedded, each once, and none of a random-weight control.
 
         Raises:
             UserError: a part is damaged.
         """
-        wanted = {text.explanation_id: text for text in texts}
         with self._connection.cursor() as cursor, self._readable():
+            controls = {dictionary for (dictionary,) in cursor.execute(_CONTROLS).fetchall()}
+            wanted = {text.explanation_id: text for text in texts if text.dictionary not in controls}
             if parts := self._parts(cursor, model):
                 query = (
                     "SELECT explanation_id FROM read_parquet(?) WHERE explanation_id IN (SELECT unnest(?::VARCHAR[]))"
