@@ -19,6 +19,7 @@ from exegete.tools.embedders import Vectors
 from exegete.tools.errors import UserError
 from exegete.tools.store import DictionaryRecord, Store
 from exegete.tools.store.embeddings import Embeddings, codes_of
+from exegete.tools.store.parts import write_part
 
 
 def embedded(folder: Path) -> list[tuple[Any, ...]]:
@@ -75,7 +76,7 @@ def test_a_part_that_no_transaction_registered_counts_for_nothing(
 ) -> None:
     def killed(self: Embeddings, *given: Any) -> None:
         embedding_rows = embeddings_module._rows(*given)
-        embeddings_module.write_part(self._folder, embedding_rows)
+        write_part(self._folder, embedding_rows)
         raise KeyboardInterrupt
 
     from exegete.tools.store import embeddings as embeddings_module
