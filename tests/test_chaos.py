@@ -1,0 +1,36 @@
+"""A run through a bad night, small enough for every day; `benchmarks.chaos` is the long one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chaos import Night, Plan, falling, undisturbed, watched
+from language_model_server import serving
+
+SMALL = Plan(latents=24, windows_per_split=8, control=4, floors=4, kills=4, stop_s=1.0, room_mib=64)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXEGETE_API_KEY", "test-key")
+
+
+@pytest.mark.slow
+def test_after_a_bad_night_the_tables_are_those_of_a_quiet_one(tmp_path: Path) -> None:
+    with serving() as server, falling(SMALL, tmp_path, server) as night:
+        wanted = undisturbed(night)
+        with watched(night) as seen:
+            night.pass_by()
+            assert night.complaints(wanted, seen()) == []
+        check_what_struck(night)
+
+
+def check_what_struck(night: Night) -> None:
+    """Nothing of the above says anything if nothing went wrong."""
+    struck = Counter(one["kind"] for one in night.struck)
+    assert struck == {"kill": 4, "stop": 1, "disk": 1, "back a day": 1, "on three hours": 1}
+    assert night.ends.count(-9) == 4 and night.ends.count(2) == 1 and night.ends[-1] == 0, night.ends
+    figures = night.figures()
+    assert figures["unknown_at_ends"] > 0 and {"429", "500", "html", "cut_body"} < figures["by_fault"].keys()
