@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from chaos import Night, Plan, falling, undisturbed, watched
 from language_model_server import serving
+
+from exegete.agent.engine import Batch, label_latents
+from exegete.agent.graph import Workbench, label_graph
+from exegete.evaluators import make_evaluator, make_judge
+from exegete.tools.explainers import Explanation
+from exegete.tools.store import LatentRecord
+from exegete.tools.windows import LatentEvidence
+
+from planted import cat_evidence
 
 SMALL = Plan(latents=24, windows_per_split=8, control=4, floors=4, kills=4, stop_s=1.0, room_mib=64)
 
@@ -34,3 +44,19 @@ def check_what_struck(night: Night) -> None:
     assert night.ends.count(-9) == 4 and night.ends.count(2) == 1 and night.ends[-1] == 0, night.ends
     figures = night.figures()
     assert figures["unknown_at_ends"] > 0 and {"429", "500", "html", "cut_body"} < figures["by_fault"].keys()
+
+
+@pytest.mark.xfail(strict=True, reason="it is taken for a failure of the latent, and logged with a traceback")
+def test_a_call_that_its_client_gives_up_is_no_failure_of_the_latent(caplog: pytest.LogCaptureFixture) -> None:
+    class GivenUp:
+        name = "given-up"
+
+        async def explain(self, evidence: LatentEvidence, seed: int) -> Explanation:
+            raise asyncio.CancelledError
+
+    written: list[LatentRecord] = []
+    bench = Workbench("sha256:0", GivenUp(), make_judge("predicate"), [make_evaluator("detection")], seed=0)
+    batch = Batch(lambda records: written.extend(records), 1)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(label_latents([cat_evidence()], label_graph(bench), bench, 3, batch, lambda: False))
+    assert (written, caplog.records) == ([], [])
