@@ -39,6 +39,8 @@ _ORDER = {
     "typing": "dictionary, latent, run",
     "climbs": "dictionary, latent, run, control, step",
 }
+_MEMORY = "512MB"
+"""For working out; the rest goes to the disk. Twelve million scores would take two gigabytes, and the run needs them."""
 _GROWING = ("results", "explanations", "scores", "climbs")
 
 
@@ -95,6 +97,7 @@ def discard(folder: Path) -> None:
     """Remove what an interrupted publishing left."""
     for name in (TEMPORARY, f"{TEMPORARY}.wal"):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / f"{TEMPORARY}.tmp", ignore_errors=True)
 
 
 class _OutOfStep(Exception):
@@ -164,6 +167,7 @@ def _next_row(connection: duckdb.DuckDBPyConnection, table: str) -> int:
 def _finish(temporary: Path, folder: Path, before: int | None) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
         snapshot.execute(QUIET)
+        snapshot.execute(f"SET memory_limit = '{_MEMORY}'")
         _work_out(snapshot, before)
         # Looking at a damaged part ends a transaction, so before it begins.
         statements = statements_for(snapshot, folder)

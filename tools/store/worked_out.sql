@@ -3,7 +3,13 @@
 -- best_explanations: of a run the explanation that it stands by, whatever another one of its own scores; among runs, and in runs
 -- that stand by none, the one with the highest mean. {{scores}}: all of them, or those of some latents.
 WITH own AS (
-    SELECT s.run, s.dictionary, s.latent, s.explanation_id, evaluator, avg(value) AS value, avg(low) AS low, avg(high) AS high
+    SELECT s.run, s.dictionary, s.latent, s.explanation_id,
+           avg(value) FILTER (evaluator = 'detection') AS detection,
+           avg(low) FILTER (evaluator = 'detection') AS detection_low,
+           avg(high) FILTER (evaluator = 'detection') AS detection_high,
+           avg(value) FILTER (evaluator = 'fuzzing') AS fuzzing,
+           avg(low) FILTER (evaluator = 'fuzzing') AS fuzzing_low,
+           avg(high) FILTER (evaluator = 'fuzzing') AS fuzzing_high
     FROM {{scores}} s
     LEFT JOIN data.results r ON r.latent = s.latent AND r.run = s.run AND r.dictionary = s.dictionary
     WHERE metric = 'balanced_accuracy' AND evaluator IN ('detection', 'fuzzing') AND baseline IS NULL
@@ -11,14 +17,7 @@ WITH own AS (
     AND s.dictionary NOT IN (SELECT dictionary FROM data.dictionaries WHERE evidence LIKE 'controls/%')
     GROUP BY ALL
 ), means AS (
-    SELECT run, dictionary, latent, explanation_id, avg(value) AS mean_score,
-           any_value(value) FILTER (evaluator = 'detection') AS detection,
-           any_value(low) FILTER (evaluator = 'detection') AS detection_low,
-           any_value(high) FILTER (evaluator = 'detection') AS detection_high,
-           any_value(value) FILTER (evaluator = 'fuzzing') AS fuzzing,
-           any_value(low) FILTER (evaluator = 'fuzzing') AS fuzzing_low,
-           any_value(high) FILTER (evaluator = 'fuzzing') AS fuzzing_high
-    FROM own GROUP BY ALL
+    SELECT *, coalesce((detection + fuzzing) / 2, detection, fuzzing) AS mean_score FROM own
 ), best AS (
     SELECT * FROM means QUALIFY row_number() OVER (
         PARTITION BY dictionary, latent ORDER BY mean_score DESC NULLS LAST, explanation_id, run) = 1
