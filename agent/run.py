@@ -174,9 +174,7 @@ async def _label_dictionary(
     config, writer = here.config, here.writer
     controls, missing = (None, {}) if control is None else await _label_control(here, *control, evidence)
     latents = chosen_latents(evidence, config.label.limit, config.seed)
-    own = Labeling.of(
-        here, identity(config), evidence, latents, inputs=here.inputs, control=config.label.random_control
-    )
+    own = Labeling.of(here, identity(config), evidence, latents, inputs=here.inputs)
     bench = await worked_through(here, own)
     results = writer.results(own.run, evidence.dictionary)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -65,8 +65,6 @@ class Labeling:
     """To be labeled, ascending."""
     inputs: Inputs | None
     floors: bool = True
-    control: int = 0
-    """Latents of a random-weight control that are labeled before it, for its plan."""
 
     @classmethod
     def of(
@@ -130,16 +128,13 @@ async def _plan(here: Session, own: Labeling, bench: Workbench) -> None:
     recorded = here.writer.labeled(own.run, own.evidence.dictionary)
     if not len(np.setdiff1d(own.latents, recorded)):
         return
-    # Before the control subset has shown anything, a cascade is taken to be judged on every rung, at any price.
-    cascade = replace(bench.cascade, screen=None) if bench.cascade else None
     plan = await plan_of(
         here.config,
         own.evidence,
         own.latents,
         recorded,
-        replace(bench, cascade=cascade, in_flight={}),
+        bench,
         lambda: here.writer.spent_usd(own.run),
-        control=own.control,
     )
     for line in plan_lines(plan, here.config):
         here.watch.say(line)
