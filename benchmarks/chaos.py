@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--stop", type=float, default=30.0, help="Seconds for which the process stands still.")
     parser.add_argument("--seed", type=int, default=0, help="Of when what strikes.")
+    parser.add_argument(
+        "--weather", type=float, default=0.25, help="1: one in three questions fails when it is first asked."
+    )
     parser.add_argument("--in-flight", type=int, default=64, help="Calls in flight, at most.")
     parser.add_argument(
         "--disk", choices=["any", "limit"], default="any", help="limit: never by mounting a file system."
@@ -49,6 +52,7 @@ def main() -> None:
         floors=100,
         room_mib=1_024,
         disk=chosen.disk,
+        weather=chosen.weather,
     )
     with tempfile.TemporaryDirectory() as folder:
         found = night(plan, Path(folder))

@@ -82,6 +82,8 @@ class Plan:
     disk: Literal["any", "limit"] = "any"
     """`limit`: never by mounting."""
     most_starts: int = 60
+    weather: float = 1.0
+    """By how much more often than `WEATHER` says the server fails."""
     calm_at: float = 0.93
     """Progress at which the faults end."""
 
@@ -153,7 +155,7 @@ class Night:
 
     def pass_by(self) -> None:
         """Start the run again and again until it ends well. Raises AssertionError where it ends as it never should."""
-        self.behave(*WEATHER)
+        self.behave(*({**fault, "share": fault["share"] * self.plan.weather} for fault in WEATHER))
         while not self.ends or self.ends[-1] != 0:
             assert len(self.ends) < self.plan.most_starts, f"started {len(self.ends)} times: {self.ends}: {self.said()}"
             before = self.progress()

@@ -81,7 +81,8 @@ def test_an_end_while_the_control_subset_is_stored_loses_no_climb(
         settings = {"store": str(store), "models.explainer": SPEC, "models.judge": SPEC, "models.no_budget": True}
         own = ('cascade.rungs=["one-shot", "refine"]', "cascade.control=4", "label.floors=0")
         run(load_config(None, own, settings), Lines(every_s=1e9))
-        return everything(store)["climbs"]
+        found: list[Any] = everything(store)["climbs"]
+        return found
 
     def ends(*arguments: object) -> None:
         raise MemoryError
