@@ -295,6 +295,7 @@ def _run_and_tell(config: RunConfig, quiet: bool, yes: bool) -> None:
                 f"ask again: exegete resume --store {outcome.store}"
             )
     if not outcome.finished:
+        _say(f"\nGo on: exegete resume --store {outcome.store}")
         raise typer.Exit(130)
     if any(outcome.missing.values()):
         raise typer.Exit(CALLS_MISSING)

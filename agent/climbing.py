@@ -92,12 +92,13 @@ def chosen(tried: Sequence[Tried]) -> Tried | None:
 
 async def written(bench: Workbench, cascade: Cascade, latent: int, rung: str, tried: Sequence[Tried]) -> list[Tried]:
     """Return `tried` with what the rung writes about a latent in flight; its refine-split score comes later."""
-    before = spent_so_far()
     found = list(tried)
+    if rung == REFINE:
+        found = await _judged_parent(bench, cascade, latent, found)
+    before = spent_so_far()
     explanation, why_not = None, "the evidence shows nothing that can be said"
     try:
         if rung == REFINE:
-            found = await _judged_parent(bench, cascade, latent, found)
             explanation, why_not = await _revised(bench, cascade, latent, found), "nothing to revise"
         else:
             writer: Any = cascade.writers[rung]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exegete.agent.events import Event, read_events
-from exegete.agent.inspection import store_status
+from exegete.agent.inspection import shown_time, store_status
 from exegete.agent.run_facts import RunFacts, run_lines
 from exegete.agent.vital_lines import duration
 from exegete.tools.rendering import visible
@@ -101,7 +101,7 @@ def final_report(store: Path) -> str:
     money = time_and_money_lines(store, [run.run for run in runs])
     parts += ["## Time and money", "", *(_quoted(money) if money else ["    no stage and no call"]), ""]
     parts += [
-        f'Snapshot of {status.published_at}. Ask it anything: `exegete sql --store {visible(str(store))} "SHOW TABLES"`'
+        f'Snapshot of {shown_time(status.published_at)} UTC. Ask it anything: `exegete sql --store {visible(str(store))} "SHOW TABLES"`'
     ]
     return "\n".join(parts) + "\n"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.config import RunConfig, SubjectConfig
+from exegete.agent.config import CorpusConfig, RunConfig, SubjectConfig
 from exegete.agent.progress import Progress
 from exegete.tools.corpus_readers import require_source
 from exegete.tools.errors import UserError
@@ -207,11 +207,8 @@ def open_corpus(config: RunConfig, store: Store, subject: Subject, progress: Pro
 
     assert config.corpus is not None
     wanted = config.corpus
-    source = wanted.source
-    if source == BUNDLED:
-        source = str(_bundled_text(store, config.seed, wanted.documents or BUNDLED_DOCUMENTS))
     corpus = build_corpus(
-        source,
+        source_in(store.corpora, wanted, config.seed),
         subject,
         corpus_folder(config, store, subject),
         seed=config.seed,
@@ -230,16 +227,20 @@ def corpus_folder(config: RunConfig, store: Store, subject: Subject) -> Path:
     return store.corpora / name
 
 
-def _bundled_text(store: Store, seed: int, documents: int) -> Path:
+def source_in(folder: Path, wanted: CorpusConfig, seed: int, most: int | None = None) -> str:
+    """Return the source of a corpus; text of the bundled grammar is written into `folder` first, `most` documents of it."""
     from exegete.tools import bundled
 
-    path = store.corpora / f"bundled-{seed}-{documents}.jsonl"
+    if wanted.source != BUNDLED:
+        return wanted.source
+    documents = min(filter(None, (wanted.documents or BUNDLED_DOCUMENTS, most)))
+    path = folder / f"bundled-{seed}-{documents}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         bundled.write_corpus(unfinished, seed, documents)
         unfinished.rename(path)
-    return path
+    return str(path)
 
 
 def _counted(counts: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def status_lines(store: Path) -> list[str]:
     if status.published_age_s is None:
         snapshot = "nothing was published yet" if status.pid else _begin(store)
     else:
-        snapshot = f"snapshot of {_shown(status.published_at)} UTC ({duration(status.published_age_s)} old)"
+        snapshot = f"snapshot of {shown_time(status.published_at)} UTC ({duration(status.published_age_s)} old)"
     lines = [_writer_line(status), snapshot]
     if status.runs and status.need.state != "running":
         lines.append(status.need.line())
@@ -192,5 +192,6 @@ def _seconds_since(moment: datetime) -> float:
     return max(0.0, (datetime.now(UTC) - moment).total_seconds())
 
 
-def _shown(moment: str | None) -> str:
+def shown_time(moment: str | None) -> str:
+    """Return an ISO 8601 time as a reader wants it, to the second; empty where there is none."""
     return "" if moment is None else f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M:%S}"

@@ -84,9 +84,9 @@ def seen(reply: Reply) -> None:
     meter = _meter.get()
     if meter is None:
         return
-    usage = reply.usage
+    usage = reply.usage + reply.known_usage
     size = len(reply.text.encode("utf-8", "replace"))
-    one = Totals(1, usage.input_tokens, usage.output_tokens, reply.usd, reply.seconds, size)
+    one = Totals(1, usage.input_tokens, usage.output_tokens, reply.usd + reply.known_usd, reply.seconds, size)
     name = _stage.get()
     meter.stages[name] = meter.stages.get(name, Totals()) + one
     if not reply.cached:

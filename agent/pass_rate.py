@@ -110,8 +110,7 @@ def corpus_tokens(config: RunConfig, per_document: float, held: int) -> tuple[fl
 
 def _beginning(config: RunConfig, inputs: Inputs, scratch: Path) -> tuple[Corpus, int]:
     """Return the beginning of the corpus, built in `scratch`, and the documents in it."""
-    from exegete.agent.gathering import BUNDLED
-    from exegete.tools import bundled
+    from exegete.agent.gathering import source_in
     from exegete.tools.corpus import build_corpus
     from exegete.tools.windows import CONTEXT_TOKENS
 
@@ -119,12 +118,8 @@ def _beginning(config: RunConfig, inputs: Inputs, scratch: Path) -> tuple[Corpus
     assert wanted is not None
     micro, _ = config.evidence.settings(config.seed).shape(inputs.subject.device)
     tokens = max(LEAST_TOKENS, (MICRO_BATCHES + 1) * micro * CONTEXT_TOKENS)
-    source = wanted.source
-    if source == BUNDLED:
-        source = str(scratch / "bundled.jsonl")
-        bundled.write_corpus(Path(source), config.seed, min(wanted.documents or 4_000, 4_000))
     corpus = build_corpus(
-        source,
+        source_in(scratch, wanted, config.seed, most=4_000),
         inputs.subject,
         scratch / "corpus",
         seed=config.seed,

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exegete.agent.config import RunConfig
+from exegete.agent.run_facts import explainer_of, models_text
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
@@ -200,7 +201,8 @@ def plan(config: RunConfig) -> list[str]:
     lines = [
         _row("store", config.store),
         _row(
-            "explainer", f"{config.label.explainer}; judge: {config.label.judge}; {', '.join(config.label.evaluators)}"
+            "explainer",
+            f"{explainer_of(config.model_dump())}; judge: {config.label.judge}; {', '.join(config.label.evaluators)}",
         ),
         *_models(config),
     ]
@@ -288,12 +290,12 @@ def _evidence(config: RunConfig, inputs: Inputs | None) -> list[Evidence]:
 def _models(config: RunConfig) -> list[str]:
     models = config.models
     named = {"explainer": models.explainer, "judge": models.judge, "scorer": models.scorer}
-    asked = [f"{role} {spec}" for role, spec in named.items() if spec]
+    asked = models_text({role: spec for role, spec in named.items() if spec})
     if not asked:
         return [_row("models", "none; no language model takes part")]
     limits = [] if models.budget_usd is None or models.no_budget else [f"{models.budget_usd:g} USD"]
     limits += [] if models.budget_tokens is None else [f"{models.budget_tokens:,} tokens"]
-    return [_row("models", f"{', '.join(asked)}; budget: {' and '.join(limits) or 'none'}")]
+    return [_row("models", f"{asked}; budget: {' and '.join(limits) or 'none'}")]
 
 
 def _outcomes(evidence: Evidence, latents: Latents) -> dict[str, int]:
@@ -310,6 +312,8 @@ def _latents(plan: Plan) -> str:
 def _cost(plan: Plan, config: RunConfig) -> str:
     own, models = plan.estimate, config.models
     assert own is not None
+    if own.usd.high == 0 and plan.spent_usd == 0:
+        return "none: these models are free, by the price table and on your own machines"
     digits = 2 if own.usd.value >= 1 else 4
     text = f"{_text(own.usd, ' USD', digits)} to come; {plan.spent_usd:.4f} USD spent"
     if models.budget_usd is None or models.no_budget:
@@ -329,7 +333,8 @@ def _disk(plan: Plan, own: Estimate) -> str:
 
 def _measured(plan: Plan, own: Estimate) -> str:
     where = "in the run's journal, not paid for again" if plan.kept else "not kept: another process writes to the store"
-    return f"on {own.n:,} latents for {own.paid_usd:.4f} USD ({where}); [95 % interval], n latents"
+    price = f" for {own.paid_usd:.4f} USD" if own.paid_usd else ""
+    return f"on {own.n:,} latents{price} ({where}); [95 % interval], n latents"
 
 
 def _row(name: str, text: str) -> str:

@@ -3,7 +3,8 @@
 1. `stage` reports work as it is done, `say` one line that is worth keeping. Results and logs go to other places.
 2. A display that was given the run's vital signs (`watch`) shows them with every stage: calls, failures, spending, scores.
 3. What is drawn follows the clock, not the work: a terminal is redrawn four times a second, a log gets a line every ten
-   seconds a stage, and `beat`, which comes every half minute, shows that a run which waits for answers still lives.
+   seconds a stage and the running scores once a minute, and `beat`, which comes every half minute, shows that a run which waits
+   for answers still lives.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from exegete.agent.vital_lines import facts, stage_text
+from exegete.agent.vital_lines import facts, score_lines, stage_text, work_lines
 from exegete.agent.vitals import Vitals
 from exegete.tools.rendering import visible
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 LINE_EVERY_S = 10.0
+SCORES_EVERY_S = 60.0
 BEATS_LATE = 6
 """So many times the usual wait without a line, and a beat writes one."""
 DRAWN_PER_S = 4.0
@@ -71,9 +73,10 @@ class Lines:
         self._stages = Vitals(clock)
         self._vitals: Vitals | None = None
         self._told_at = clock()
+        self._scores_at = -SCORES_EVERY_S
 
     def watch(self, vitals: Vitals) -> None:
-        """From now on end lines with calls, spending and scores."""
+        """From now on end lines with calls and spending, and once a minute follow them with the scores so far."""
         self._vitals = vitals
 
     def say(self, line: str) -> None:
@@ -102,7 +105,12 @@ class Lines:
         stage = self._stages.snapshot().stage
         if stage is not None and now - self._told_at >= after_s:
             self._told_at = now
-            self.say("; ".join([stage_text(stage), *_facts(self._vitals)]))
+            seen = None if self._vitals is None else self._vitals.glance()
+            self.say("; ".join([stage_text(stage), *([] if seen is None else work_lines(seen))]))
+            if seen is not None and seen.scores and now - self._scores_at >= SCORES_EVERY_S:
+                self._scores_at = now
+                for line in score_lines(seen.scores):
+                    self.say(f"  {line}")
 
 
 class Quiet(Lines):

@@ -31,6 +31,7 @@ from exegete.agent.report_figures import (
     other_metrics,
     score_plots,
 )
+from exegete.agent.run_facts import explainer_of
 from exegete.evaluators.baselines import BASELINES
 from exegete.tools.errors import UserError
 from exegete.tools.rendering import visible
@@ -181,7 +182,7 @@ def _run_facts(connection: duckdb.DuckDBPyConnection, dictionary: str, run: Mapp
     times = _time(run["started_at"]) + (f" to {_time(run['finished_at'])}" if run["finished_at"] else "")
     return [
         ("Corpus", corpus + (f" ({tokens:,} tokens)" if tokens else "")),
-        ("Explainer", f"{label.get('explainer', 'unknown')}{_models(connection, run['run'])}"),
+        ("Explainer", f"{explainer_of(config)}{_models(connection, run['run'])}"),
         ("Judge", str(label.get("judge", "unknown"))),
         ("Language model calls", f"{calls:,} (${usd:,.2f})" if calls else "none"),
         (
@@ -206,7 +207,7 @@ def _models(connection: duckdb.DuckDBPyConnection, run: str) -> str:
 
 def _notices(run: Mapping[str, Any], found: Mapping[str, Any], pid: int | None) -> list[str]:
     label = run["config"].get("label") or {}
-    explainer, judge = str(label.get("explainer")), label.get("judge")
+    explainer, judge = explainer_of(run["config"]), label.get("judge")
     parts = [_EXPLAINERS.get(explainer, ""), _PREDICATE_JUDGE if judge == "predicate" else ""]
     if explainer in _EXPLAINERS and judge == "predicate":
         parts.append(_OFFLINE)

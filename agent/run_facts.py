@@ -60,6 +60,7 @@ class RunFacts:
     seed: int
     code_version: str
     explainer: str
+    """Its name; the rungs of a cascade, with arrows between."""
     judge: str
     models: Mapping[str, str]
     """Role → language model."""
@@ -104,11 +105,7 @@ def run_lines(facts: RunFacts, going: bool) -> list[str]:
         f"{visible(facts.name)}: {facts.status}",
         f"  run {facts.run[:19]} · dictionary {facts.dictionary[:19]} · seed {facts.seed} · exegete {facts.code_version}"
         f" · explainer {facts.explainer}, judge {facts.judge}",
-        *(
-            [f"  models: {', '.join(f'{role} {model}' for role, model in facts.models.items())}"]
-            if facts.models
-            else []
-        ),
+        *([f"  models: {models_text(facts.models)}"] if facts.models else []),
         _progress_line(facts),
         *([] if facts.control else [_floors_line(facts)]),
         *([f"  {calls_line(facts.calls, going)}"] if facts.calls else []),
@@ -128,6 +125,20 @@ def calls_line(facts: CallFacts, going: bool) -> str:
         counts += f", {facts.in_flight:,} in flight" + ("" if going else " when it ended")
     at_most = f", and at most {facts.unknown_worst_usd:,.2f} USD for the unknown" if facts.unknown else ""
     return f"calls: {counts}; {facts.usd:,.2f} USD{at_most}"
+
+
+def explainer_of(config: Mapping[str, Any]) -> str:
+    """Return who explains by a stored configuration: the rungs of its cascade, or its one explainer."""
+    rungs = (config.get("cascade") or {}).get("rungs") or ()
+    return " → ".join(rungs) or str((config.get("label") or {}).get("explainer", "unknown"))
+
+
+def models_text(models: Mapping[str, str]) -> str:
+    """Return language models with what they do, each once: `explainer and judge openai:gpt-5-mini`."""
+    roles: dict[str, list[str]] = {}
+    for role, model in models.items():
+        roles.setdefault(model, []).append(role)
+    return ", ".join(f"{' and '.join(held)} {model}" for model, held in roles.items())
 
 
 _RUNS = """
@@ -152,7 +163,7 @@ def _facts(connection: duckdb.DuckDBPyConnection, row: tuple[Any, ...], pid: int
         status=status,
         seed=seed,
         code_version=code_version,
-        explainer=label.get("explainer", "unknown"),
+        explainer=explainer_of(config),
         judge=label.get("judge", "unknown"),
         models={role: models[role] for role in ROLES if models.get(role)},
         latents=min(latents or 0, asked or latents or 0),

@@ -70,8 +70,9 @@ def note(reply: Reply) -> None:
     if tally is None:
         return
     tally.missing += reply.status in ("error", "unknown")
-    usage = reply.usage
-    tally.spent += Spent(1, usage.input_tokens + usage.output_tokens, round(reply.usd * 1e12))
+    usage = reply.usage + reply.known_usage
+    tokens = usage.input_tokens + usage.output_tokens
+    tally.spent += Spent(1, tokens, round((reply.usd + reply.known_usd) * 1e12))
 
 
 def spent_so_far() -> Spent:

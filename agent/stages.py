@@ -176,8 +176,9 @@ async def _control(here: Session, own: Labeling, bench: Workbench) -> bool:
         control, complete = shown
         if complete:  # What is recorded rests on an earlier one about which calls were missing.
             writer.forget_incomplete(run, dictionary, all_of_it=True)
-            writer.set_pilot(run, dictionary, {**frozen, CASCADE: control.described()})
         writer.set_control(run, dictionary, control.records)
+        if complete:  # Last, since once it is frozen nothing of it is made again.
+            writer.set_pilot(run, dictionary, {**frozen, CASCADE: control.described()})
     cascade.gains, cascade.screening = control.gains, control.screening
     return complete
 

@@ -9,8 +9,12 @@ from exegete.agent.vitals import BudgetVitals, CallVitals, Mean, ScoreVitals, Sn
 
 def facts(snapshot: Snapshot) -> list[str]:
     """Return calls, spending and running scores in a line each; what a run does not have is left out."""
-    found = [calls_text(snapshot.calls), spent_text(snapshot), *score_lines(snapshot.scores)]
-    return [line for line in found if line]
+    return [*work_lines(snapshot), *score_lines(snapshot.scores)]
+
+
+def work_lines(snapshot: Snapshot) -> list[str]:
+    """Return calls and spending in a line each; what a run does not have is left out."""
+    return [line for line in (calls_text(snapshot.calls), spent_text(snapshot)) if line]
 
 
 def stage_text(stage: StageVitals) -> str:
@@ -33,7 +37,8 @@ def spent_text(snapshot: Snapshot) -> str:
     budget = snapshot.budget
     if budget is None or (budget.max_usd is None and budget.max_tokens is None):
         return f"spent: {snapshot.calls.usd:,.2f} USD since this start, without a limit" if snapshot.calls.usd else ""
-    return "spent: " + "; ".join(_limits(budget))
+    limits = _limits(budget)
+    return "spent: " + "; ".join(limits) if limits else ""
 
 
 def score_lines(scores: Mapping[str, ScoreVitals]) -> list[str]:
@@ -54,17 +59,18 @@ def duration(seconds: float) -> str:
 
 
 def _pace(stage: StageVitals) -> str:
-    if stage.left_s is None:
-        return ""
-    return f", {stage.minute_rate or stage.rate:,.1f} a second, {duration(stage.left_s)} to go"
+    pace = stage.minute_rate or stage.rate
+    left = "" if stage.left_s is None else f", {duration(stage.left_s)} to go"
+    return f", {pace:,.1f} a second{left}" if pace else ""
 
 
 def _limits(budget: BudgetVitals) -> list[str]:
+    """Return the limits that something has been spent of, or is about to be."""
     found = []
-    if budget.max_usd is not None:
+    if budget.max_usd is not None and (budget.spent_usd or budget.in_flight_usd):
         flying = f" (and at most {budget.in_flight_usd:,.2f} in flight)" if budget.in_flight_usd else ""
         found.append(f"{budget.spent_usd:,.2f} of {budget.max_usd:,.2f} USD{flying}")
-    if budget.max_tokens is not None:
+    if budget.max_tokens is not None and (budget.spent_tokens or budget.in_flight_tokens):
         flying = f" (and at most {budget.in_flight_tokens:,} in flight)" if budget.in_flight_tokens else ""
         found.append(f"{budget.spent_tokens:,} of {budget.max_tokens:,.0f} tokens{flying}")
     return found

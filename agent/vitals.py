@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MINUTE_S = 60
 NORMAL_95 = 1.959964
+FEW = 8
+"""So many units, or a quarter of a stage that has few, and its pace says how long the rest takes."""
 GLANCE_S = 0.1
 
 
@@ -52,7 +54,8 @@ class StageVitals:
     minute_rate: float
     """Units a second over the last minute."""
     left_s: float | None
-    """Seconds to go at the rate of the last minute, or of the whole where that minute saw nothing; None before the first unit."""
+    """Seconds to go at the rate of the last minute, or of the whole where that minute saw nothing; None after
+    fewer than `FEW` units: of those that are worked on together, the first tells nothing of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,10 +309,12 @@ class _Stage:
 
     def vitals(self, now: float) -> StageVitals:
         elapsed = now - self._began
-        rate = (self._done - self._before) / elapsed if elapsed > 0 else 0.0
+        finished = self._done - self._before
+        rate = finished / elapsed if elapsed > 0 else 0.0
         minute = self._rate.per_s(now)
         pace = minute or rate
-        left = max(0, self._total - self._done) / pace if pace else None
+        enough = finished >= min(FEW, math.ceil(self._total / 4))
+        left = max(0, self._total - self._done) / pace if pace and enough else None
         return StageVitals(self._name, self._done, self._total, self._unit, elapsed, rate, minute, left)
 
 

@@ -69,7 +69,6 @@ def test_a_call_that_its_client_gives_up_is_no_failure_of_the_latent(caplog: pyt
     assert (written, caplog.records) == ([], [])
 
 
-@pytest.mark.xfail(strict=True, reason="what the control subset has shown is frozen before its climbs are stored")
 def test_an_end_while_the_control_subset_is_stored_loses_no_climb(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

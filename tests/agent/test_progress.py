@@ -60,6 +60,27 @@ def test_lines_tell_the_vital_signs() -> None:
     assert stream.getvalue().splitlines()[0] == f"labeling: 20 of 100 latents, 2.0 a second, 40 seconds to go; {FACTS}"
 
 
+def test_the_scores_so_far_have_lines_of_their_own_once_a_minute() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines, vitals = Lines(stream, every_s=10, clock=clock), Vitals(clock)
+    lines.watch(vitals)
+    vitals.run_begun("run", {"detection": "balanced_accuracy"})
+    vitals.records([LatentRecord(1, "labeled", scores=((LABEL, Score("detection", "balanced_accuracy", 0.75)),))])
+    with lines.stage("labeling", 100, "latents") as advance:
+        for _ in range(7):
+            clock.now += 10
+            advance(10)
+    scores = "  detection: mean balanced accuracy 0.750 (n = 1); floors come after labeling"
+    told = stream.getvalue().splitlines()
+    assert told[:3] == [
+        "labeling: 10 of 100 latents, 1.0 a second, 90 seconds to go",
+        scores,
+        "labeling: 20 of 100 latents, 1.0 a second, 80 seconds to go",
+    ]
+    assert told[7:9] == ["labeling: 70 of 100 latents, 1.0 a second, 30 seconds to go", scores]
+    assert told.count(scores) == 2
+
+
 def test_a_beat_shows_that_a_run_which_waits_still_lives() -> None:
     clock, stream = Clock(), io.StringIO()
     lines = Lines(stream, every_s=10, clock=clock)

@@ -115,6 +115,10 @@ class Reply:
     """Times that it was sent, the repair included."""
     cached: bool = False
     """Taken from the journal or cache: not paid for this time."""
+    known_usage: Usage = field(default_factory=Usage)
+    """Beside `usage`, that of an answer which was known before, where only its repair was paid for this time."""
+    known_usd: float = 0.0
+    """Beside `usd`, what that answer had cost."""
     detail: str = ""
     """What the provider said, where `status` is not "ok"."""
 

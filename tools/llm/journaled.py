@@ -246,6 +246,7 @@ def together(first: Reply, second: Reply) -> Reply:
     """Return a reply that did not fit and its repair as one."""
     # What was paid this time: a part from the journal was paid before, unless all of it comes from there.
     paid = [reply for reply in (first, second) if not reply.cached] or [first, second]
+    known = [reply for reply in (first, second) if all(reply is not one for one in paid)]
     # A repair that fails otherwise leaves the answer as unparsed as it was; why stands in the detail.
     status = second.status if second.status in ("ok", "unparsed", "error") else "unparsed"
     detail = second.detail if status in ("ok", "error") else f"{first.detail}; repair: {second.status}: {second.detail}"
@@ -255,6 +256,8 @@ def together(first: Reply, second: Reply) -> Reply:
         detail=detail,
         usage=sum((reply.usage for reply in paid), Usage()),
         usd=sum(reply.usd for reply in paid),
+        known_usage=sum((reply.usage for reply in known), Usage()),
+        known_usd=sum(reply.usd for reply in known),
         seconds=first.seconds + second.seconds,
         attempts=first.attempts + second.attempts,
         cached=first.cached and second.cached,

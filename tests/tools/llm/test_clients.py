@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from language_model_server import Running
 
+from exegete.agent.spending import note, tallied
 from exegete.tools.errors import UserError
 from exegete.tools.llm import (
     Budget,
@@ -19,6 +20,7 @@ from exegete.tools.llm import (
     Message,
     Reply,
     Request,
+    Usage,
     gives_logprobs,
     open_client,
 )
@@ -131,6 +133,24 @@ def test_one_repair(server: Running, opened: Opening, fault: str) -> None:
     # Both are in the journal now, and make the same reply again without a call.
     (again,) = asked(opened(journal), question())
     assert again.parsed == reply.parsed and again.cached and len(server.log()) == 2
+
+
+def test_a_repair_after_a_crash_costs_what_it_would_have_cost(server: Running, opened: Opening) -> None:
+    server.behave(faults=[{"kind": "not_json", "first": 1}])
+    journal = MemoryJournal()
+    (whole,) = asked(opened(journal), question())
+    (repair,) = [call for call, reply in journal.replies.items() if reply.status == "ok"]
+    server.behave()
+    first, second = next(r for c, r in journal.replies.items() if c != repair), journal.replies.pop(repair)
+    (reply,) = asked(opened(journal), question())
+    assert not reply.cached and (reply.known_usage, reply.known_usd) == (first.usage, first.usd) and first.usd > 0
+    assert (whole.known_usage, whole.known_usd) == (Usage(), 0.0)
+    assert whole.usd == pytest.approx(first.usd + second.usd)
+    with tallied() as tally:
+        note(reply)
+    assert tally.spent.usd == pytest.approx(first.usd + reply.usd)
+    asked_for = first.usage + reply.usage
+    assert tally.spent.tokens == asked_for.input_tokens + asked_for.output_tokens
 
 
 def test_no_second_repair(server: Running, opened: Opening) -> None:
