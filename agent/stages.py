@@ -108,6 +108,7 @@ async def worked_through(here: Session, own: Labeling) -> Workbench:
 
 def _begin(here: Session, own: Labeling, bench: Workbench) -> None:
     config, writer = here.config, here.writer
+    known = any(one.run == own.run for one in writer.runs())
     writer.begin_run(
         config=own.known_by,
         settings=config.model_dump(mode="json", exclude={"store"}),
@@ -118,7 +119,10 @@ def _begin(here: Session, own: Labeling, bench: Workbench) -> None:
     here.begun.append(own.run)
     headlines = {evaluator.name: evaluator.headline for evaluator in bench.evaluators}
     here.watch.run_begun(own.run, own.evidence.dictionary, len(own.latents), config, headlines)
-    publish(here)  # From now on `status` and `resume` know the run, however it ends.
+    if known:
+        writer.publish_soon(0.0)
+    else:
+        publish(here)  # From now on `status` and `resume` know the run, however it ends.
 
 
 async def _plan(here: Session, own: Labeling, bench: Workbench) -> None:
@@ -225,19 +229,18 @@ async def _label(here: Session, own: Labeling, bench: Workbench) -> None:
 async def _floors(here: Session, own: Labeling, bench: Workbench) -> None:
     writer, label = here.writer, here.config.label
     results = writer.results(own.run, own.evidence.dictionary)
-    explained = results.explained()
-    floors = plan_floors(
-        own.evidence, list(explained), label.floors, floors_seed(here.config.seed, own.evidence.dictionary)
-    )
+    seed = floors_seed(here.config.seed, own.evidence.dictionary)
+    floors = plan_floors(own.evidence, results.explained_latents(), label.floors, seed)
+    chosen = results.chosen([*floors.subset, *floors.lenders])
     done = set(writer.labeled(own.run, own.evidence.dictionary, floors=True).tolist())
-    explanations = results.explanations([explained[latent] for latent in sorted(floors.lenders)])
+    explanations = results.explanations([chosen[latent] for latent in sorted(floors.lenders)])
     missing = [latent for latent in floors.subset if latent not in done]
     with here.watch.stage("floors", len(floors.subset), "latents", done=len(done)) as advance:
         write = _publishing(here, lambda records: writer.record(own.run, records, floors=True), advance)
         batch = Batch(write, label.batch)
         source = evidence_in_ranges(own.evidence, missing)
         complete = await score_all_floors(
-            source, explained, floors, explanations, bench, label.concurrency, batch, here.stop
+            source, chosen, floors, explanations, bench, label.concurrency, batch, here.stop
         )
     if not complete:
         raise Interrupted
