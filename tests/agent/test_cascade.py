@@ -120,6 +120,21 @@ def test_the_cheapest_rung_is_screened_without_a_call(wire: ScriptedWire, eviden
     assert int(latents) == 20 and float(slope) >= 0
 
 
+def test_what_it_takes_to_judge_a_screened_parent_is_counted_once(
+    wire: ScriptedWire, evidence: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    climb(evidence, store, ["lexical", "refine"], "cascade.control=16", "cascade.target=0.99", "cascade.rounds=1")
+    steps = rows(
+        store,
+        "SELECT list(calls ORDER BY step) FROM climbs WHERE NOT control GROUP BY latent"
+        " HAVING count(*) = 2 AND count(explanation_id) = 2",
+    )
+    assert steps
+    for ((judged, revised),) in steps:
+        assert judged > 0 and revised == 1 + judged  # The question itself, and as many judgements of the revision.
+
+
 def test_the_control_subset_takes_every_rung_and_best_of_n_at_equal_cost(
     wire: ScriptedWire, evidence: Path, tmp_path: Path
 ) -> None:
