@@ -287,9 +287,11 @@ class RunConfig(Section):
             defaults["explainer"] = "combined" if tree.get("subject") else "one-shot"
         if models.get("judge"):
             defaults["judge"] = "model"
-        if writers := [name for name in cascade.get("rungs") or () if name != "refine"]:
+        rungs, others = cascade.get("rungs"), cascade.get("models")  # Of whatever type: they are checked later.
+        if writers := [name for name in rungs if name != "refine"] if isinstance(rungs, list | tuple) else []:
             defaults["explainer"] = writers[-1]
-        if any("-batch:" in str(models.get(role)) for role in ("explainer", "judge")):
+        asked = [models.get("explainer"), models.get("judge"), *(others.values() if isinstance(others, dict) else ())]
+        if any("-batch:" in str(spec) for spec in asked):
             defaults["concurrency"] = BATCHED_LATENTS
         return {**tree, "label": {**defaults, **label}}
 

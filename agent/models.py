@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class Halted(UserError):
     """No call can succeed any more until the user has mended something; what is recorded stays."""
 
 
-def check_models(config: ModelsConfig) -> None:
-    """Look whether every model that is named could be asked. Nothing is sent and nothing is loaded.
+def check_models(config: ModelsConfig, others: Iterable[str] = ()) -> None:
+    """Look whether every model that is named could be asked, `others` (a cascade's) too. Nothing is sent and nothing is loaded.
 
     Raises:
         UserError: a provider is unknown, a key is missing (its variable is named), the price of a model is unknown, it may
@@ -52,7 +52,7 @@ def check_models(config: ModelsConfig) -> None:
     from exegete.tools.llm.opening import price_for
 
     budget, prices = budget_of(config), _prices(config)
-    for text in filter(None, dict.fromkeys((config.explainer, config.judge))):
+    for text in filter(None, dict.fromkeys((config.explainer, config.judge, *others))):
         spec = parse_spec(text)
         if spec.provider == "hf":
             _check_folder(spec.name, spec.model)

@@ -185,7 +185,8 @@ def asking(yes: bool) -> Ask:
 
 def batched(config: RunConfig) -> bool:
     """Return whether answers come in batches, so that a few of them take as long as all."""
-    return any("-batch:" in str(spec) for spec in (config.models.explainer, config.models.judge))
+    asked = (config.models.explainer, config.models.judge, *config.cascade.models.values())
+    return any("-batch:" in str(spec) for spec in asked)
 
 
 def plan(config: RunConfig) -> list[str]:
@@ -289,7 +290,7 @@ def _evidence(config: RunConfig, inputs: Inputs | None) -> list[Evidence]:
 
 def _models(config: RunConfig) -> list[str]:
     models = config.models
-    named = {"explainer": models.explainer, "judge": models.judge, "scorer": models.scorer}
+    named = {"explainer": models.explainer, "judge": models.judge, "scorer": models.scorer, **config.cascade.models}
     asked = models_text({role: spec for role, spec in named.items() if spec})
     if not asked:
         return [_row("models", "none; no language model takes part")]

@@ -148,7 +148,7 @@ async def _plan(here: Session, own: Labeling, bench: Workbench) -> None:
 
 
 def _asks_models(config: RunConfig) -> bool:
-    return config.models.explainer is not None or config.models.judge is not None
+    return bool(config.models.explainer or config.models.judge or config.cascade.models)
 
 
 async def _piloted(here: Session, own: Labeling, bench: Workbench) -> bool:

@@ -86,7 +86,8 @@ class Watch:
         """A run over so many latents of a dictionary begins; `headlines`: evaluator → metric that is shown of it."""
         self._run = run
         self.vitals.run_begun(run, headlines)
-        named = (config.models.explainer, config.models.judge, config.models.scorer, config.models.embedder)
+        models = config.models
+        named = (models.explainer, models.judge, models.scorer, models.embedder, *config.cascade.models.values())
         self._log.write(
             "run_begun",
             run,

@@ -90,7 +90,7 @@ def check_workbench(config: RunConfig) -> None:
         _maker("evaluator", name)
     _check_control(config)
     _check_asked(config)
-    check_models(config.models)
+    check_models(config.models, config.cascade.models.values())
 
 
 def open_workbench(

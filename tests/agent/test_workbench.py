@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from exegete.agent.config import RunConfig, load_config
+from exegete.agent.config import BATCHED_LATENTS, RunConfig, load_config
 from exegete.agent.identity import identity
 from exegete.agent.models import budget_of
-from exegete.agent.planning import plan
+from exegete.agent.planning import batched, plan
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 
@@ -59,6 +59,7 @@ def settled(*assignments: str, **overrides: Any) -> RunConfig:
         (["label.evaluator_options.fuzzing.items_per_clas=3"], "no option 'items_per_clas'.*'items_per_class'"),
         (["label.evaluator_options.fuzzing.items_per_class=many"], "option items_per_class = 'many'"),
         (["label.judge_options.temperature=0"], "judge 'predicate' has no option 'temperature'; it has none"),
+        (["cascade.rungs=5"], "cascade.rungs = 5"),
         (["label.stop_at=1.5"], "label.stop_at = 1.5"),
         ([f"models.explainer={HERE}", "label.explainer=lexical"], "asked nothing.*'lexical'.*--explainer one-shot"),
         ([f"models.judge={HERE}", "label.judge=predicate"], "asked nothing.*'predicate'.*--judge model"),
@@ -84,6 +85,20 @@ def test_a_server_on_this_machine_needs_neither_key_nor_budget() -> None:
     with pytest.raises(UserError, match="--budget"):
         check_workbench(settled(f"models.explainer={there}", f"models.judge={there}"))
     check_workbench(settled(f"models.explainer={HERE}", f"models.judge={HERE}"))
+
+
+def test_a_model_of_one_rung_needs_a_budget_and_a_key_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = (f"models.explainer={HERE}", f"models.judge={HERE}", 'cascade.rungs=["one-shot", "refine"]')
+    dear = 'cascade.models={ refine = "openai-batch:gpt-4o" }'
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        check_workbench(settled(*local, dear))
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    with pytest.raises(UserError, match="--budget"):
+        check_workbench(settled(*local, dear))
+    check_workbench(settled(*local, dear, "models.budget_usd=1"))
+    assert batched(settled(*local, dear)) and not batched(settled(*local))
+    assert settled(*local, dear).label.concurrency == BATCHED_LATENTS
 
 
 @pytest.mark.parametrize(("subject", "explainer"), [(SUBJECT, "combined"), ({}, "one-shot")])
