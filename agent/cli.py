@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -282,6 +283,7 @@ def _run_and_tell(config: RunConfig, quiet: bool, yes: bool) -> None:
     from exegete.agent.summary import headline
 
     outcome = run(config, default_progress(quiet), asking(yes))
+    store = shlex.quote(config.store)  # As it was given: the shorter name, in commands to copy.
     for dictionary, figures in outcome.figures.items():
         _say(f"\n{dictionary}")
         _say("\n".join(headline(figures)))
@@ -292,14 +294,14 @@ def _run_and_tell(config: RunConfig, quiet: bool, yes: bool) -> None:
         if latents:
             _say(
                 f"\n{latents:,} latents of {dictionary[:23]}… miss calls that the language model did not answer; "
-                f"ask again: exegete resume --store {outcome.store}"
+                f"ask again: exegete resume --store {store}"
             )
     if not outcome.finished:
-        _say(f"\nGo on: exegete resume --store {outcome.store}")
+        _say(f"\nGo on: exegete resume --store {store}")
         raise typer.Exit(130)
     if any(outcome.missing.values()):
         raise typer.Exit(CALLS_MISSING)
-    _say(f'\nAsk the results: exegete sql --store {outcome.store} "SELECT * FROM best_explanations LIMIT 10"')
+    _say(f'\nAsk the results: exegete sql --store {store} "SELECT * FROM best_explanations LIMIT 10"')
 
 
 def _money(budget: float | None, no_budget: bool | None) -> dict[str, Any]:

@@ -45,7 +45,10 @@ def score_lines(scores: Mapping[str, ScoreVitals]) -> list[str]:
     """Return a line an evaluator: its running mean with interval and n, beside the floors or the word that there are none yet."""
     return [
         f"{name}: mean {score.metric.replace('_', ' ')} {_mean(score.own)}; "
-        + (", ".join(f"{floor} {_mean(mean)}" for floor, mean in score.floors.items()) or "floors come after labeling")
+        + (
+            ", ".join(f"{floor.replace('_', ' ')} {_mean(mean)}" for floor, mean in score.floors.items())
+            or "floors come after labeling"
+        )
         for name, score in scores.items()
     ]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MINUTE_S = 60
 NORMAL_95 = 1.959964
 FEW = 8
-"""So many units, or a quarter of a stage that has few, and its pace says how long the rest takes."""
+"""So many units, or a quarter of what a stage has to do, and its pace says how long the rest takes."""
 GLANCE_S = 0.1
 
 
@@ -313,7 +313,7 @@ class _Stage:
         rate = finished / elapsed if elapsed > 0 else 0.0
         minute = self._rate.per_s(now)
         pace = minute or rate
-        enough = finished >= min(FEW, math.ceil(self._total / 4))
+        enough = finished >= min(FEW, math.ceil((self._total - self._before) / 4))
         left = max(0, self._total - self._done) / pace if pace and enough else None
         return StageVitals(self._name, self._done, self._total, self._unit, elapsed, rate, minute, left)
 

@@ -122,8 +122,9 @@ def label(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
 def test_a_run_ends_at_its_hour_and_goes_on_with_more(label: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     store = Path(label[2])
     assert told(*label, "--hours", "1e-9") == 130
-    said = capsys.readouterr().err
-    assert "stopped by label.hours = 1e-09" in said and f"exegete resume --store {store}" in said
+    said = capsys.readouterr()
+    assert "stopped by label.hours = 1e-09" in said.err and f"exegete resume --store {store}" in said.err
+    assert said.out.endswith(f"\nGo on: exegete resume --store {store}\n")
     assert labeled(store) < 24
     # The same hours once more would be over as soon.
     assert told("resume", "--store", str(store), "--hours", "10") == 0 and labeled(store) == 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from exegete.agent.config import RunConfig, load_config
 from exegete.agent.estimating import Estimate, Extent, Figure
 from exegete.agent.metering import metered, seen, stage
 from exegete.agent.planning import Ask, Plan, asking, confirmed, plan, plan_lines, question
+from exegete.agent.run_facts import explainer_of, models_text
 from exegete.tools.errors import UserError
 from exegete.tools.llm import Reply, Usage
 from exegete.tools.store import Store
@@ -150,6 +152,23 @@ def test_the_lines_of_a_plan() -> None:
         "disk       evidence 1 kB (there), journal 1 MB (up to 2 MB)",
         "measured   on 12 latents for 0.0100 USD (in the run's journal, not paid for again); [95 % interval], n latents",
     ]
+
+
+def test_the_plan_of_free_models_and_of_a_cascade() -> None:
+    free = planned(0.0, 3.0)
+    assert free.estimate is not None
+    free = replace(free, spent_usd=0.0, estimate=replace(free.estimate, paid_usd=0.0))
+    told = plan_lines(free, settings(budget_usd=2.0))
+    assert "cost       none: these models are free, by the price table and on your own machines" in told
+    assert told[-1] == "measured   on 12 latents (in the run's journal, not paid for again); [95 % interval], n latents"
+    model = "openai:m@http://127.0.0.1:9/v1"
+    config = load_config(None, (), {"cascade.rungs": ["lexical", "one-shot"], "models.explainer": model})
+    assert explainer_of(config.model_dump()) == "lexical → one-shot"
+    assert explainer_of({"label": {"explainer": "output"}}) == "output"
+    assert (
+        models_text({"explainer": model, "scorer": "hf:x", "judge": model})
+        == f"explainer and judge {model}, scorer hf:x"
+    )
 
 
 def test_one_is_asked_about_what_is_much_and_only_once() -> None:

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from exegete.agent.progress import Bars, Display, Lines, Notebook, Progress, Quiet, default_progress
 from exegete.agent.vitals import Vitals
+from exegete.evaluators.contract import Score
 from exegete.tools.llm import Reply
+from exegete.tools.store import LatentRecord
 
 HOSTILE = "\x1b[2J[bold]evil[/]\u202e\nnext"
 
@@ -65,7 +67,8 @@ def test_the_scores_so_far_have_lines_of_their_own_once_a_minute() -> None:
     lines, vitals = Lines(stream, every_s=10, clock=clock), Vitals(clock)
     lines.watch(vitals)
     vitals.run_begun("run", {"detection": "balanced_accuracy"})
-    vitals.records([LatentRecord(1, "labeled", scores=((LABEL, Score("detection", "balanced_accuracy", 0.75)),))])
+    score = Score("detection", "balanced_accuracy", 0.75, None, None, n=20, failures=0)
+    vitals.records([LatentRecord("sha256:d", 1, "labeled", scores=[("a", score)])])
     with lines.stage("labeling", 100, "latents") as advance:
         for _ in range(7):
             clock.now += 10

@@ -103,6 +103,21 @@ def _stage(vitals: Vitals) -> Any:
     return stage
 
 
+@pytest.mark.parametrize(("total", "enough"), [(300, 8), (12, 3), (1, 1)])
+def test_what_is_left_is_told_once_a_few_units_are_done(total: int, enough: int) -> None:
+    clock = Clock()
+    vitals = Vitals(clock)
+    vitals.stage_begun("labeling", 2 * total, "latents", done=total)
+    for done in range(enough):
+        assert _stage(vitals).left_s is None
+        clock.now += 2
+        vitals.advanced(1)
+        assert stage_text(_stage(vitals)).startswith(
+            f"labeling: {total + done + 1:,} of {2 * total:,} latents, 0.5 a second"
+        )
+    assert _stage(vitals).left_s == 2 * (total - enough)
+
+
 def test_calls_are_counted_in_exactly_one_place() -> None:
     vitals = Vitals(Clock())
     for _ in range(7):
@@ -132,6 +147,8 @@ def test_spending_stands_beside_the_budget() -> None:
     purse = Purse()
     vitals.pays_from(purse)
     assert facts(vitals.snapshot()) == ["spent: 0.25 of 5.00 USD (and at most 0.03 in flight)"]
+    purse.spent_usd = purse.reserved_usd = 0.0
+    assert facts(vitals.snapshot()) == []  # Nothing was asked yet, or what was asked is free.
     purse.spent_usd, purse.reserved_usd, purse.max_tokens = 4.5, 0.0, 1_000
     told = "spent: 4.50 of 5.00 USD; 900 of 1,000 tokens (and at most 40 in flight)"
     assert facts(vitals.snapshot()) == [told]
