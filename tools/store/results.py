@@ -33,14 +33,6 @@ class RunResults:
         self._connection = connection
         self._key = [run, dictionary]
 
-    def explained(self) -> dict[int, str]:
-        """Return latent → id of its scored explanation, ascending by latent."""
-        query = (
-            "SELECT DISTINCT latent, explanation_id FROM data.scores"
-            " WHERE run = ? AND dictionary = ? AND baseline IS NULL ORDER BY ALL"
-        )
-        return dict(self._connection.execute(query, self._key).fetchall())
-
     def explained_latents(self) -> NDArray[np.int64]:
         """Return the latents with a scored explanation, ascending."""
         query = "SELECT DISTINCT latent FROM data.scores WHERE run = ? AND dictionary = ? AND baseline IS NULL ORDER BY latent"
