@@ -40,6 +40,7 @@ from exegete.agent.embedding_run import EmbeddingRun
 from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.identity import identity
 from exegete.agent.interrupts import stop_on_interrupt
+from exegete.agent.lasting import Lasting
 from exegete.agent.limits import Deadline, deadline_of, stops
 from exegete.agent.models import budget_of
 from exegete.agent.ordering import Latents, chosen_latents
@@ -84,7 +85,7 @@ def run(config: RunConfig, progress: Progress | None = None, confirm: Ask | None
     Raises:
         UserError: something in the configuration, the inputs or the store is wrong; nothing was damaged.
     """
-    progress = progress or default_progress()
+    progress = Lasting(progress or default_progress())
     folder = Path(config.store)
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.
