@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from benchmarks.sampling import sampled, shares
 from benchmarks.synthetic_evidence import synthetic_evidence
 from exegete.agent.config import load_config
+from exegete.agent.events import read_events
+from exegete.agent.final_report import stage_seconds
 from exegete.agent.progress import Lines
 from exegete.agent.run import run
 from exegete.tools.llm import Reply, Request, Usage, opening
@@ -94,7 +97,8 @@ def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
     }
     begun, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     processor = time.process_time()
-    outcome = run(load_config(None, assignments, overrides), Lines(every_s=30.0))
+    with sampled() as samples:
+        outcome = run(load_config(None, assignments, overrides), Lines(every_s=60.0))
     seconds = time.perf_counter() - begun
     [figures] = outcome.figures.values()
     return {
@@ -105,6 +109,9 @@ def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
         "made_in_s": round(made, 1),
         "peak_mb_before": memory // 1024,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "stages_s": {name: round(spent, 1) for name, spent in stage_seconds(list(read_events(folder))).items()},
+        "where_time_goes": shares(samples),
+        "store_mb": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) >> 20,
         "outcomes": figures["outcomes"],
         "types": figures["types"],
     }
