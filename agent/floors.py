@@ -95,7 +95,8 @@ async def score_floors(
         "constant": CONSTANT,
         "token_list": await make_explainer("token_list").explain(restrict(own, "explain"), seed),
     }
-    asked = [(b, e, evaluator) for b, e in candidates.items() if e is not None for evaluator in bench.evaluators]
+    evaluators = bench.evaluators_of(own.latent)
+    asked = [(b, e, evaluator) for b, e in candidates.items() if e is not None for evaluator in evaluators]
     # All at once: where calls go out in batches that take hours, one after the other would be days.
     evaluations = await asyncio.gather(*(by.evaluate(e, own, bench.judge, seed) for _, e, by in asked))
     scores, verdicts = [], []

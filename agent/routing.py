@@ -12,8 +12,9 @@ In words: a latent climbs when the refine-split score of its explanation stays b
    frozen pilot or the control subset). The mean gain is drawn towards zero as if `PRIOR` more latents had gained nothing,
    the slope is a ridge estimate of the same weight and never positive (the better an explanation, the less there is to
    gain), and the result lies between zero and what is missing to a perfect score. The price is the rung's mean there.
-3. Nothing else decides: the latent's own rows, the frozen fit and the configuration. No order, budget or clock does, and no
-   window of the test split.
+3. Nothing else decides: the latent's own rows, the frozen fit and the configuration. No order, budget or clock does. Of the
+   test split one thing is known: how the judge's errors cluster in prompts, pooled over the pilot (`pilot`), on which the
+   width of refine-split intervals rests.
 4. Revisions end when the target is reached, when `patience` rounds in a row did not improve on the best by more than the
    noise of the difference, or when the rounds are used up.
 

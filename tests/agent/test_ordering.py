@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+import exegete
+from exegete.agent.config import load_config
 from exegete.agent.ordering import LEAST, chosen_latents, in_order, stratified_subset
+from exegete.agent.progress import Lines
+from exegete.agent.run import run
 from exegete.tools.evidence import Evidence
+from exegete.tools.interchange import import_evidence
+
+from .test_cascade import line
 
 
 class Rated:
@@ -73,3 +82,16 @@ def test_a_limit_draws_by_the_seed() -> None:
     drawn = chosen_latents(evidence, 10, 0).tolist()
     assert drawn == sorted(set(drawn)) and len(drawn) == 10
     assert drawn != chosen_latents(evidence, 10, 1).tolist()
+
+
+def test_floors_are_scored_on_as_many_windows_as_the_explanation(tmp_path: Path) -> None:
+    file = tmp_path / "planted.jsonl"
+    file.write_text("".join(json.dumps(line(latent)) + "\n" for latent in range(104)))
+    import_evidence(file, tmp_path / "store")
+    usual = ("label.profile=night", "label.floors=104")
+    assert run(load_config(None, usual, {"store": str(tmp_path / "store")}), Lines(every_s=1e9)).finished
+    query = """SELECT own.n, list(DISTINCT floor.n), count(DISTINCT own.latent) FROM scores own JOIN scores floor
+        USING (run, latent, evaluator, metric) WHERE own.baseline IS NULL AND floor.baseline = 'constant' GROUP BY 1 ORDER BY 1"""
+    with exegete.connect(tmp_path / "store") as connection:
+        found = connection.execute(query).fetchall()
+    assert found == [(20, [20], 4), (40, [40], 100)]  # A hundred come first, and are scored in full.

@@ -17,7 +17,9 @@ from exegete.tools.errors import UserError
 
 def config(store: Path, latents: int | None = None) -> RunConfig:
     models = ModelsConfig(explainer=SPEC, judge=SPEC, no_budget=True)
-    return RunConfig(label=LabelConfig(explainer="one-shot", judge="model", floors=4, limit=latents), models=models, store=str(store))
+    return RunConfig(
+        label=LabelConfig(explainer="one-shot", judge="model", floors=4, limit=latents), models=models, store=str(store)
+    )
 
 
 def test_a_running_loop_is_no_obstacle_and_errors_come_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def test_a_second_dictionary_joins_a_labeled_store(monkeypatch: pytest.MonkeyPat
     (first,) = alone.figures
     assert rows(store, f"FROM scores WHERE dictionary = '{first}' ORDER BY ALL") == before
     assert set(wire.questions.values()) == {1}
-    counted = rows(store, "SELECT name, count(*) FROM best_explanations JOIN dictionaries USING (dictionary) GROUP BY 1 ORDER BY 1")
+    counted = rows(
+        store, "SELECT name, count(*) FROM best_explanations JOIN dictionaries USING (dictionary) GROUP BY 1 ORDER BY 1"
+    )
     assert counted == [("first", FIRST), ("second", SECOND)]
     assert rows(store, "SELECT count(*) FROM runs WHERE status = 'finished'") == [(2,)]
 
