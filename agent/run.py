@@ -46,11 +46,12 @@ from exegete.agent.models import budget_of
 from exegete.agent.ordering import Latents, chosen_latents
 from exegete.agent.planning import Ask
 from exegete.agent.progress import Progress, default_progress
+from exegete.agent.random_weight import control_latents
 from exegete.agent.stages import Labeling, Session, publish, worked_through
 from exegete.agent.summary import summarise
 from exegete.agent.typed import control_scores, few_floors, too_few, typed_latents
 from exegete.agent.watching import watched
-from exegete.agent.workbench import check_workbench, control_latents
+from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from exegete.agent.climbing import REFINE, Cascade
@@ -37,10 +36,10 @@ from exegete.agent.config import RunConfig
 from exegete.agent.graph import Workbench
 from exegete.agent.models import Models, check_models
 from exegete.agent.ordering import Latents
+from exegete.agent.random_weight import check_control
 from exegete.agent.routing import Rule
 from exegete.evaluators import Judge, evaluator_names, judge_names
 from exegete.evaluators.contract import maker_of
-from exegete.evaluators.typing import INPUT_EVALUATORS, OUTPUT_EVALUATORS, deciding_evaluators, least_controls
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.evidence import Evidence
 from exegete.tools.explainers import Explainer, explainer_names
@@ -88,7 +87,7 @@ def check_workbench(config: RunConfig) -> None:
     _check_cascade(config)
     for name in label.evaluator_options:
         _maker("evaluator", name)
-    _check_control(config)
+    check_control(config)
     _check_asked(config)
     check_models(config.models, config.cascade.models.values())
 
@@ -235,54 +234,6 @@ def _screened(config: RunConfig) -> frozenset[str]:
     if not config.cascade.screen or config.label.judge == "predicate" or not config.cascade.control:
         return frozenset()
     return frozenset(name for name in config.cascade.rungs if name in _PREDICATES)
-
-
-def control_latents(config: RunConfig, evidence: Evidence, like: Evidence) -> list[int]:
-    """Return the latents of a random-weight control that are labeled, ascending: live ones that fire as often as those of `like`.
-
-    Latents of the dictionary itself are drawn by the seed, and each takes the control's latent of the nearest firing rate (in
-    its logarithm) that is left. Rare latents of either kind score higher, so a control with other rates would be no measure.
-
-    Raises:
-        UserError: too few of them are live for a bar.
-    """
-    live = evidence.live
-    least = least_controls(len(deciding_evaluators(config.label.evaluators)))
-    if len(live) < least:
-        raise UserError(
-            f"only {len(live)} of {len(evidence.latents):,} latents of the random-weight control are neither dead, rare nor "
-            f"dense, and typing by it takes {least}: read more text, or set label.random_control = 0"
-        )
-    rng = generator(config.seed, "random control", evidence.dictionary)
-    rates, left = np.log(evidence.densities()[live]), np.ones(len(live), dtype=np.bool_)
-    own = like.densities()[like.live]
-    wanted = np.resize(rng.permutation(np.log(own) if len(own) else rates), min(config.label.random_control, len(live)))
-    chosen = []
-    for rate in wanted:
-        nearest_rate = int(np.where(left, np.abs(rates - rate), np.inf).argmin())
-        left[nearest_rate] = False
-        chosen.append(int(live[nearest_rate]))
-    return sorted(chosen)
-
-
-def _check_control(config: RunConfig) -> None:
-    label, count = config.label, config.label.random_control
-    if not count:
-        return
-    if config.subject is None or config.dictionary is None or config.corpus is None:
-        raise UserError(
-            f"label.random_control = {count} has a random-weight dictionary read the corpus: the configuration needs "
-            "[subject], [dictionary] and [corpus]"
-        )
-    deciding = deciding_evaluators(label.evaluators)
-    if not deciding:
-        sides = ", ".join((*INPUT_EVALUATORS, *OUTPUT_EVALUATORS))
-        raise UserError(f"label.random_control = {count} is for typing, which takes one of the evaluators {sides}")
-    if count < least_controls(len(deciding)):
-        raise UserError(
-            f"label.random_control = {count} is too few for a bar that {' and '.join(deciding)} hold together: at least "
-            f"{least_controls(len(deciding))}, better 100"
-        )
 
 
 def _check_cascade(config: RunConfig) -> None:

@@ -27,11 +27,12 @@ from exegete.agent.latent_cards import choose_dictionary
 from exegete.agent.models import Halted
 from exegete.agent.planning import plan
 from exegete.agent.progress import Lines
+from exegete.agent.random_weight import control_latents
 from exegete.agent.report import write_report
 from exegete.agent.run import Outcome, run
 from exegete.agent.summary import headline
 from exegete.agent.typed import too_few, typed_latents
-from exegete.agent.workbench import check_workbench, control_latents
+from exegete.agent.workbench import check_workbench
 from exegete.evaluators.typing import Scored, types
 from exegete.tools import activations, random_control
 from exegete.tools.errors import UserError
