@@ -218,6 +218,23 @@ def write_many(writer: Writer, latents: Sequence[int]) -> str:
     return run
 
 
+def test_too_little_memory_for_a_snapshot_costs_that_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.create_or_open(tmp_path / "s").writer() as writer:
+        run = begin(writer)
+        writer.record(run, [record(0)])
+        writer.publish()
+        writer.record(run, [record(1)])
+        with monkeypatch.context() as little:
+            little.setattr(publishing, "_MEMORY", "200KB")
+            with pytest.raises(UserError, match="cannot write to the store"):
+                writer.publish()
+        with exegete.connect(tmp_path / "s") as connection:
+            assert connection.execute("SELECT count(*) FROM data.results").fetchall() == [(1,)]
+        writer.publish()
+    with exegete.connect(tmp_path / "s") as connection:
+        assert connection.execute("SELECT count(*) FROM data.results").fetchall() == [(2,)]
+
+
 def test_small_parts_are_merged_and_nothing_is_lost(tmp_path: Path) -> None:
     store = Store.create_or_open(tmp_path)
     with store.writer() as writer:

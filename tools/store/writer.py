@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from exegete.tools.store.embeddings import Embeddings
     from exegete.tools.store.journal import StoreJournal
 
+_NO_ROOM = (duckdb.IOException, duckdb.FatalException, duckdb.TransactionException, duckdb.OutOfMemoryException)
+"""What DuckDB raises where there is no room: the last one also where it has none to put aside what exceeds its memory."""
+
 
 class Writer:
     """Writes results in transactions and publishes them. Made by `Store.writer()`; safe to call from several threads."""
@@ -323,7 +326,7 @@ class Writer:
                 f"a file in the store {str(self._folder)!r} is damaged ({first}); remove the folder of that evidence, "
                 "or restore the part of verdicts, and resume"
             ) from error
-        except (OSError, duckdb.IOException, duckdb.FatalException, duckdb.TransactionException) as error:
+        except (OSError, *_NO_ROOM) as error:
             raise self._unwritten(error) from error
 
     def _unrecorded(self, run: str, records: Sequence[LatentRecord], floors: bool) -> list[LatentRecord]:
@@ -361,7 +364,7 @@ class Writer:
             try:
                 yield self._connection
                 self._connection.commit()
-            except (duckdb.IOException, duckdb.FatalException, duckdb.TransactionException) as error:
+            except _NO_ROOM as error:
                 self._roll_back()
                 raise self._unwritten(error) from error
             except BaseException:
