@@ -378,6 +378,13 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+_EXPECTED = {
+    "tuple_type": 'expected a list, for example ["…", "…"]',
+    "string_pattern_mismatch": "expected a time of day, for example 08:00",  # Nothing else has a pattern.
+}
+"""Type of a validation error → what to say of it in place of what pydantic says."""
+
+
 def _explain(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -386,4 +393,5 @@ def _explain(error: ValidationError, source: str) -> str:
             key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in dotted_keys()}
         )
         return f"{source}: unknown key {key!r}.{near}"
-    return f"{source}: {key} = {first.get('input')!r}: {first['msg']}"
+    told = _EXPECTED.get(first["type"], first["msg"])
+    return f"{source}: {key} = {first.get('input')!r}: {told}"

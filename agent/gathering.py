@@ -54,6 +54,11 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
     """
     missing = [name for name in ("subject", "dictionary", "corpus") if getattr(config, name) is None]
     if len(missing) == 3:
+        if config.evidence.workers is not None:
+            raise UserError(
+                f"evidence.workers = {config.evidence.workers!r} do activation passes, and there is none to do: the configuration "
+                "has no [subject], [dictionary] and [corpus]; leave --workers out"
+            )
         return None
     if config.subject is None or config.dictionary is None or config.corpus is None:
         raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from exegete.agent.config import BATCHED_LATENTS, RunConfig, load_config
+from exegete.agent.gathering import load_inputs
 from exegete.agent.identity import identity
 from exegete.agent.models import budget_of
 from exegete.agent.planning import batched, plan
+from exegete.agent.progress import Lines
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 
@@ -59,7 +61,9 @@ def settled(*assignments: str, **overrides: Any) -> RunConfig:
         (["label.evaluator_options.fuzzing.items_per_clas=3"], "no option 'items_per_clas'.*'items_per_class'"),
         (["label.evaluator_options.fuzzing.items_per_class=many"], "option items_per_class = 'many'"),
         (["label.judge_options.temperature=0"], "judge 'predicate' has no option 'temperature'; it has none"),
-        (["cascade.rungs=5"], "cascade.rungs = 5"),
+        (["cascade.rungs=5"], "cascade.rungs = 5: expected a list"),
+        (["label.evaluators=detection"], "label.evaluators = 'detection': expected a list"),
+        (["label.until=25:00"], "label.until = '25:00': expected a time of day"),
         (["label.stop_at=1.5"], "label.stop_at = 1.5"),
         ([f"models.explainer={HERE}", "label.explainer=lexical"], "asked nothing.*'lexical'.*--explainer one-shot"),
         ([f"models.judge={HERE}", "label.judge=predicate"], "asked nothing.*'predicate'.*--judge model"),
@@ -85,6 +89,11 @@ def test_a_server_on_this_machine_needs_neither_key_nor_budget() -> None:
     with pytest.raises(UserError, match="--budget"):
         check_workbench(settled(f"models.explainer={there}", f"models.judge={there}"))
     check_workbench(settled(f"models.explainer={HERE}", f"models.judge={HERE}"))
+
+
+def test_workers_without_a_pass_are_not_passed_over() -> None:
+    with pytest.raises(UserError, match="'ray:2' do activation passes, and there is none to do"):
+        load_inputs(load_config(None, ["evidence.workers=ray:2"]), Lines())
 
 
 def test_a_model_of_one_rung_needs_a_budget_and_a_key_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
