@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from langgraph.errors import NodeCancelledError
 from numpy.typing import NDArray
 
 from exegete.agent.graph import Workbench
@@ -145,6 +146,8 @@ async def _label(own: LatentEvidence, graph: Any, bench: Workbench) -> LatentRec
         return record
     except Halted:
         raise
+    except NodeCancelledError as error:  # A call was given up, since the run ends: nothing is said of the latent.
+        raise asyncio.CancelledError from error
     except Exception as error:
         return failed(bench.dictionary, own.latent, error)
 

@@ -53,7 +53,6 @@ def check_what_struck(night: Night) -> None:
     assert figures["unknown_at_ends"] > 0 and {"429", "500", "html", "cut_body"} < figures["by_fault"].keys()
 
 
-@pytest.mark.xfail(strict=True, reason="it is taken for a failure of the latent, and logged with a traceback")
 def test_a_call_that_its_client_gives_up_is_no_failure_of_the_latent(caplog: pytest.LogCaptureFixture) -> None:
     class GivenUp:
         name = "given-up"
