@@ -21,7 +21,7 @@ import asyncio
 import io
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ from exegete.tools.store import rows
 
 if TYPE_CHECKING:
     from exegete.agent.config import RunConfig
+    from exegete.agent.engine import Work
     from exegete.agent.graph import Workbench
     from exegete.tools.evidence import Evidence
     from exegete.tools.store import LatentRecord
@@ -48,7 +49,6 @@ SAMPLED = 12
 CALL_BYTES = 400
 """Of the row and the index of one call in the journal and in what readers see of it."""
 
-Work = Callable[["LatentEvidence"], Awaitable["LatentRecord"]]
 Latents = NDArray[np.int64]
 
 
@@ -143,9 +143,7 @@ class Estimate:
         return self.calls.n
 
 
-async def measured(
-    evidence: Evidence, left: Latents, bench: Workbench, seed: int, work: Work | None = None, count: int = SAMPLED
-) -> tuple[list[Stratum], float]:
+async def measured(evidence: Evidence, left: Latents, bench: Workbench, seed: int) -> tuple[list[Stratum], float]:
     """Label a few of `left` without recording them; return the strata, and processor seconds for one latent.
 
     Args:
@@ -153,8 +151,6 @@ async def measured(
         left: latents that the run has not recorded yet, ascending, shape (latent,).
         bench: the run's instruments. Their calls go into the run's journal and are paid from its budget.
         seed: of the run.
-        work: makes the record of a latent; the run's graph where left out.
-        count: latents drawn from each stratum.
 
     Raises:
         Halted: no language model can be asked any more.
@@ -162,12 +158,12 @@ async def measured(
     live = np.intersect1d(left, evidence.live, assume_unique=True)
     early = np.isin(live, bench.first) & bool(len(bench.thorough))
     strata = [stratum for stratum in (live[early], live[~early]) if len(stratum)]
-    drawn = [_drawn(stratum, evidence, seed, count) for stratum in strata]
+    drawn = [_drawn(stratum, evidence, seed) for stratum in strata]
     chosen = [int(latent) for some in drawn for latent in some]
     if not chosen:
         return [], 0.0
     own = {one.latent: one for one in evidence.read(sorted(chosen), "score")}
-    work = work or _through_the_graph(bench)
+    work = _through_the_graph(bench)
     begun, begun_cpu = time.perf_counter(), time.process_time()
     taken = dict(zip(chosen, await _all_of(work, [own[latent] for latent in chosen]), strict=True))
     # Threads that compute side by side take no longer than the clock says.
@@ -278,9 +274,9 @@ def _sum(first: Figure, second: Figure) -> Figure:
     return Figure(first.value + second.value, first.low + second.low, first.high + second.high, first.n)
 
 
-def _drawn(stratum: Latents, evidence: Evidence, seed: int, count: int) -> Latents:
+def _drawn(stratum: Latents, evidence: Evidence, seed: int) -> Latents:
     order = generator(seed, "estimate", evidence.dictionary).permutation(len(stratum))
-    drawn: Latents = np.sort(stratum[order[:count]])
+    drawn: Latents = np.sort(stratum[order[:SAMPLED]])
     return drawn
 
 

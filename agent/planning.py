@@ -29,7 +29,7 @@ from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 
 if TYPE_CHECKING:
-    from exegete.agent.estimating import Estimate, Extent, Figure, Work
+    from exegete.agent.estimating import Estimate, Extent, Figure
     from exegete.agent.gathering import Inputs
     from exegete.agent.graph import Workbench
     from exegete.tools.llm import BatchJournal
@@ -69,7 +69,6 @@ async def plan_of(
     *,
     control: int = 0,
     kept: bool = True,
-    work: Work | None = None,
 ) -> Plan:
     """Measure a few latents with a run's own instruments and return what is still to come.
 
@@ -82,7 +81,6 @@ async def plan_of(
         spent_usd: what the run's calls have cost so far; asked once the sample is measured.
         control: latents of a random-weight control that are still to be labeled.
         kept: whether the run's journal keeps the replies.
-        work: makes the record of a latent; the run's graph where left out.
 
     Raises:
         Halted: no language model can be asked any more.
@@ -97,7 +95,7 @@ async def plan_of(
         bench = replace(bench, cascade=replace(bench.cascade, screen=None))
     found: Estimate | None = None
     if not batched(config):
-        strata, cpu_s = await measured(evidence, left, bench, config.seed, work)
+        strata, cpu_s = await measured(evidence, left, bench, config.seed)
         strata = strata if kept else again_to_do(strata)
         found = estimate(strata, extent, pace_of(config, cpu_s)) if strata else None
     return Plan(

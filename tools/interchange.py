@@ -93,7 +93,7 @@ def export_evidence(store: Path, file: Path, dictionary: str | None = None) -> i
     try:
         with _open_text(temporary, "w", file.suffix) as out:
             for evidence in chosen:
-                latents = list(evidence.statuses)
+                latents = evidence.latents.tolist()
                 for start in range(0, len(latents), LATENTS_PER_READ):
                     for latent in evidence.read(latents[start : start + LATENTS_PER_READ], "score"):
                         out.write(

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from exegete.tools.store.journal import StoreJournal
 
 _NO_ROOM = (duckdb.IOException, duckdb.FatalException, duckdb.TransactionException, duckdb.OutOfMemoryException)
-"""What DuckDB raises where there is no room: the last one also where it has none to put aside what exceeds its memory."""
 
 
 class Writer:
