@@ -123,7 +123,7 @@ def calls_line(facts: CallFacts, going: bool) -> str:
     counts = f"{facts.answered:,} answered, {facts.failed:,} failed{why}, {facts.unknown:,} unknown"
     if facts.in_flight:
         counts += f", {facts.in_flight:,} in flight" + ("" if going else " when it ended")
-    at_most = f", and at most {facts.unknown_worst_usd:,.2f} USD for the unknown" if facts.unknown else ""
+    at_most = f", and at most {facts.unknown_worst_usd:,.2f} USD for the unknown" if facts.unknown_worst_usd else ""
     return f"calls: {counts}; {facts.usd:,.2f} USD{at_most}"
 
 

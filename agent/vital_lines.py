@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from exegete.agent.vitals import BudgetVitals, CallVitals, Mean, ScoreVitals, Snapshot, StageVitals
 
+SLOW = 0.1
+"""Fewer units a second are told by the minute."""
+
 
 def facts(snapshot: Snapshot) -> list[str]:
     """Return calls, spending and running scores in a line each; what a run does not have is left out."""
@@ -64,7 +67,8 @@ def duration(seconds: float) -> str:
 def _pace(stage: StageVitals) -> str:
     pace = stage.minute_rate or stage.rate
     left = "" if stage.left_s is None else f", {duration(stage.left_s)} to go"
-    return f", {pace:,.1f} a second{left}" if pace else ""
+    told = f"{pace:,.1f} a second" if pace >= SLOW else f"{60 * pace:,.1f} a minute"
+    return f", {told}{left}" if pace else ""
 
 
 def _limits(budget: BudgetVitals) -> list[str]:

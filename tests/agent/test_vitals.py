@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -91,6 +91,8 @@ def test_a_stage_tells_pace_and_time_to_go() -> None:
     assert (found.minute_rate, found.left_s) == (1.0, 441.0) and found.rate == pytest.approx(159 / 200)
     clock.now += 1_000  # A minute that saw nothing: the whole must do.
     found = _stage(vitals)
+    assert "559 of 1,000 latents, 0.1 a second" in stage_text(found)
+    assert "559 of 1,000 latents, 3.0 a minute" in stage_text(replace(found, rate=0.05))
     assert found.minute_rate == 0.0 and found.left_s == pytest.approx(441 * 1_200 / 159)
     ended = vitals.stage_ended()
     assert ended is not None and ended.done == 559 and vitals.snapshot().stage is None
