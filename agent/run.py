@@ -214,10 +214,6 @@ async def _label_control(
     return found, {dictionary: results.incomplete()}
 
 
-def _silent(evidence: Evidence, latents: Latents) -> dict[int, str]:
-    """Return the latents that are dead, rare or dense → which of these."""
-    return {
-        latent: status
-        for status, found in evidence.silent().items()
-        for latent in np.intersect1d(found, latents).tolist()
-    }
+def _silent(evidence: Evidence, latents: Latents) -> dict[str, Latents]:
+    """Return dead, rare and dense → the latents that are so."""
+    return {status: np.intersect1d(found, latents) for status, found in evidence.silent().items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exegete.evaluators import typing
 from exegete.evaluators.typing import Scores, Typed, deciding_evaluators, least_controls
@@ -23,24 +24,24 @@ Controls = Mapping[str, Sequence[float]]
 def typed_latents(
     results: RunResults,
     headlines: Mapping[str, str],
-    statuses: Mapping[int, str],
+    silent: Mapping[str, NDArray[np.int64]],
     controls: Controls | None = None,
 ) -> Typed:
-    """Return the types of the latents that have a score, and of those in `statuses` that are not live.
+    """Return the types of the latents that have a score, and of the `silent` ones.
 
     Args:
         results: what the run has stored.
         headlines: evaluator → metric.
-        statuses: latent → live, dead, rare or dense; the live ones may be left out.
+        silent: dead, rare and dense → the latents that are so, each shape (latent,).
         controls: None where the run has no random-weight control.
     """
     scores = {name: Scores(*results.figures(name, metric)) for name, metric in headlines.items()}
     floors = {name: _shuffled(results, name, metric) for name, metric in headlines.items()}
     if controls is None:
-        return _silenced(typing.typed_latents(scores, floors), statuses)
+        return _silenced(typing.typed_latents(scores, floors), silent)
     lacking = too_few(controls)
     enough = {name: values for name, values in controls.items() if name not in lacking}
-    return _silenced(typing.typed_latents(scores, floors, controls=[enough]), statuses)
+    return _silenced(typing.typed_latents(scores, floors, controls=[enough]), silent)
 
 
 def few_floors(results: RunResults, headlines: Mapping[str, str]) -> dict[str, int]:
@@ -65,14 +66,14 @@ def _shuffled(results: RunResults, evaluator: str, metric: str) -> list[float]:
     return [] if found is None else found.values.tolist()
 
 
-def _silenced(typed: Typed, statuses: Mapping[int, str]) -> Typed:
-    """Return `typed` with the status of every latent that is not live in place of its type."""
-    silent = {latent: str(status) for latent, status in statuses.items() if status != "live"}
-    if not silent:
+def _silenced(typed: Typed, silent: Mapping[str, NDArray[np.int64]]) -> Typed:
+    """Return `typed` with the status of every silent latent in place of its type."""
+    statuses = [np.full(len(latents), status) for status, latents in silent.items() if len(latents)]
+    if not statuses:
         return typed
-    latents = np.fromiter(silent, dtype=np.int64, count=len(silent))
+    latents = np.concatenate([latents for latents in silent.values() if len(latents)])
     spoken = ~np.isin(typed.latents, latents)
     every = np.concatenate([typed.latents[spoken], latents])
-    types = np.concatenate([typed.types[spoken], np.array(list(silent.values()))])
+    types = np.concatenate([typed.types[spoken], *statuses])
     order = np.argsort(every)
     return Typed(every[order], types[order])

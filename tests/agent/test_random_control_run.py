@@ -250,11 +250,11 @@ class Stored:
 def test_a_status_is_the_type_whatever_a_score_says() -> None:
     stored: Any = Stored()
     metrics = {"detection": "balanced_accuracy"}
-    statuses = {1: "live", 2: "dead", 3: "rare", 4: "dense", 5: "live"}
+    silent = {"dead": np.array([2]), "rare": np.array([3]), "dense": np.array([4]), "none": np.zeros(0, dtype=np.int64)}
     expected = {1: "input", 2: "dead", 3: "rare", 4: "dense"}
-    assert typed_latents(stored, metrics, statuses).as_dict() == expected
+    assert typed_latents(stored, metrics, silent).as_dict() == expected
     control = {"detection": [0.85] * 19}
-    assert typed_latents(stored, metrics, statuses, control).as_dict() == {**expected, 1: "unexplained"}
+    assert typed_latents(stored, metrics, silent, control).as_dict() == {**expected, 1: "unexplained"}
 
 
 def test_an_evaluator_whose_control_has_too_few_scores_decides_nothing() -> None:
@@ -263,9 +263,9 @@ def test_an_evaluator_whose_control_has_too_few_scores_decides_nothing() -> None
     assert too_few(few) == ["detection"] and too_few({"detection": [0.1] * 19}) == []
     assert too_few({"detection": [0.1] * 39, "fuzzing": [0.1] * 38, "embedding": []}) == ["fuzzing"]
     metrics = {"detection": "balanced_accuracy"}
-    assert typed_latents(stored, metrics, {1: "live"}, few).as_dict() == {1: "unexplained", 2: "unexplained"}
+    assert typed_latents(stored, metrics, {}, few).as_dict() == {1: "unexplained", 2: "unexplained"}
     enough = {"detection": [0.1] * 19}
-    assert typed_latents(stored, metrics, {1: "live"}, enough).as_dict() == {1: "input", 2: "input"}
+    assert typed_latents(stored, metrics, {}, enough).as_dict() == {1: "input", 2: "input"}
 
 
 def test_a_control_takes_live_latents(tmp_path: Path) -> None:
