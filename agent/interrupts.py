@@ -1,13 +1,35 @@
-"""Ctrl-C and SIGTERM during a run: the first asks to drain, the second stops at once."""
+"""Ctrl-C and SIGTERM during a run: the first asks to drain, the second stops at once.
+
+A drain waits for answers and, for a minute, for a server that fails; after that, calls that fail are given up as missing, so
+that an outage does not hold up whoever asked to stop.
+"""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from exegete.agent.progress import Progress
+
+DRAIN_S = 60.0
+
+
+def lasting(
+    stop: Callable[[], bool], after_s: float = DRAIN_S, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], bool]:
+    """Return what says whether `stop` has been true for `after_s` seconds, as far as it was asked."""
+    since: float | None = None
+
+    def lasts() -> bool:
+        nonlocal since
+        if since is None and stop():
+            since = clock()
+        return since is not None and clock() - since >= after_s
+
+    return lasts
 
 
 @contextmanager

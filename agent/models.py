@@ -105,8 +105,13 @@ class Models:
         journal: Callable[[], BatchJournal],
         budget: Budget | None,
         vitals: Vitals | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Write calls to what `journal` opens, pay from `budget` (None: without a limit) and count calls in `vitals`."""
+        """Write calls to what `journal` opens, pay from `budget` (None: without a limit) and count calls in `vitals`.
+
+        Once `stopping()` is true, calls that fail are not sent again.
+        """
+        self._stopping = stopping
         self._config = config
         self._vitals = vitals or Vitals()
         self._journal = journal
@@ -131,6 +136,7 @@ class Models:
                     batches=self._config.batch_limits(),
                     device=self._config.device,
                     allowance=self._allowance(spec),
+                    stopping=self._stopping,
                 ),
                 self._vitals,
             )

@@ -114,7 +114,7 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
             raise Interrupted
     except Interrupted:
         late = deadline is not None and deadline.reached()
-        told = "stopped; what is finished is kept, and the same command goes on from here"
+        told = f"stopped; what is finished is kept, go on from there: exegete resume --store {here.config.store}"
         here.watch.say(deadline.message(store.folder) if late and deadline else told)
         publish(here)
         here.watch.interrupted("deadline" if late else "signal")

@@ -21,6 +21,7 @@ from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, label_l
 from exegete.agent.floors import floors_seed, plan_floors, score_all_floors
 from exegete.agent.gathering import Inputs, Interrupted
 from exegete.agent.graph import Workbench, label_graph
+from exegete.agent.interrupts import lasting
 from exegete.agent.models import Models
 from exegete.agent.ordering import Latents, in_order, stratified_subset
 from exegete.agent.pilot import CASCADE, described, pilot_latents, piloted, restored, run_pilot
@@ -82,7 +83,13 @@ async def worked_through(here: Session, own: Labeling) -> Workbench:
         Interrupted: the run was asked to stop, or not agreed to.
         UserError: an instrument cannot be made, or no call can succeed any more (`Halted`).
     """
-    models = Models(here.config.models, lambda: here.writer.journal.of_run(own.run), here.budget, here.watch.vitals)
+    models = Models(
+        here.config.models,
+        lambda: here.writer.journal.of_run(own.run),
+        here.budget,
+        here.watch.vitals,
+        lasting(here.stop),
+    )
     try:
         async with models:
             bench = open_workbench(here.config, own.inputs, own.evidence, own.latents, models)
@@ -132,6 +139,7 @@ async def _plan(here: Session, own: Labeling, bench: Workbench) -> None:
     recorded = here.writer.labeled(own.run, own.evidence.dictionary)
     if not len(np.setdiff1d(own.latents, recorded)):
         return
+    here.watch.say("a few latents are labeled first, to see what is to come")
     plan = await plan_of(
         here.config,
         own.evidence,

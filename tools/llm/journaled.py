@@ -49,6 +49,7 @@ class JournaledClient:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         allowance: Allowance | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = wire.name
         self.price = price
@@ -62,6 +63,7 @@ class JournaledClient:
         self._sending: set[str] = set()
         self._stop: UserError | None = None
         self._closing = False
+        self._stopping = stopping
 
     @property
     def abilities(self) -> Abilities | None:
@@ -121,7 +123,9 @@ class JournaledClient:
         begun = time.perf_counter()
         sending = _Call(call, request, 0.0 if self.price is None else self.price.worst_usd(request))
         try:
-            reply = await persist(lambda: self._attempt(sending), self._limits, lambda: self._closing)
+            reply = await persist(
+                lambda: self._attempt(sending), self._limits, lambda: self._closing or self._stopping()
+            )
         except UserError as error:
             if sending.intended:
                 await self._journal.answered(call, Reply("error", detail=str(error)))

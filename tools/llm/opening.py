@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from exegete.tools.errors import UserError
 from exegete.tools.llm.batch_limits import BatchLimits
@@ -27,6 +28,7 @@ def open_client(
     batches: BatchLimits | None = None,
     device: str = "cpu",
     allowance: Allowance | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> JournaledClient | BatchClient:
     """Return a client for the model that `spec` names. Nothing is sent yet.
 
@@ -41,6 +43,7 @@ def open_client(
         batches: how batches are gathered and watched.
         device: torch device of an `hf:` model.
         allowance: the server's limits, shared with other clients of it; batches have none.
+        stopping: once it is true, a call that fails is not sent again; batches go on.
 
     Raises:
         UserError: the provider is unknown, the key is missing (its variable is named), the budget needs a price that
@@ -55,7 +58,9 @@ def open_client(
         wire = _batch_wire(parsed, limits, batches)
         return BatchClient(wire, journal=journal, budget=budget, price=price, limits=limits, batches=batches)
     live = _wire(parsed, limits, device)
-    return JournaledClient(live, journal=journal, budget=budget, price=price, limits=limits, allowance=allowance)
+    return JournaledClient(
+        live, journal=journal, budget=budget, price=price, limits=limits, allowance=allowance, stopping=stopping
+    )
 
 
 def price_for(spec: Spec, budget: Budget | None, prices: Prices | None) -> Price | None:
