@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from exegete.agent.config import LabelConfig
 
@@ -37,12 +36,9 @@ class Deadline:
         """Return the seconds until then, 0 once it is over."""
         return max(0.0, self.at_s - self.clock())
 
-    def message(self, store: Path) -> str:
+    def message(self) -> str:
         """Return what a run says that has ended because of it."""
-        return (
-            f"stopped by {self.limit}: what was in flight is finished and written; go on from there: "
-            f"exegete resume --store {store}"
-        )
+        return f"stopped by {self.limit}: what was in flight is finished and written"
 
 
 def deadline_of(

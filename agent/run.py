@@ -114,8 +114,10 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
             raise Interrupted
     except Interrupted:
         late = deadline is not None and deadline.reached()
-        told = f"stopped; what is finished is kept, go on from there: exegete resume --store {here.config.store}"
-        here.watch.say(deadline.message(store.folder) if late and deadline else told)
+        told = deadline.message() if late and deadline else "stopped; what is finished is kept"
+        # A pass belongs to no run yet, which `resume` could find.
+        way = f"exegete resume --store {here.config.store}" if here.begun else "the same command again"
+        here.watch.say(f"{told}; go on from there: {way}")
         publish(here)
         here.watch.interrupted("deadline" if late else "signal")
         return Outcome(store.folder, False, figures, missing, here.begun)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from planted_store import planted_file, planted_store
 
 from exegete.agent.config import LabelConfig, load_config
 from exegete.agent.limits import deadline_of, seconds_until, stops
+from exegete.agent.progress import Lines
+from exegete.agent.run import run
 from exegete.tools.errors import UserError
 
 
@@ -36,9 +40,7 @@ def test_hours_pass_by_the_given_clock_alone() -> None:
     assert not deadline.reached() and deadline.left_s() == pytest.approx(0.1)
     now[0] = 9_100.0
     assert deadline.reached() and deadline.left_s() == 0
-    assert "label.hours = 2.5" in deadline.message(Path("s")) and "exegete resume --store s" in deadline.message(
-        Path("s")
-    )
+    assert "label.hours = 2.5" in deadline.message()
 
 
 def test_a_time_of_day_is_the_next_one() -> None:
@@ -76,6 +78,21 @@ def test_it_stops_what_asks() -> None:
     assert stop()
     now[0], asked[0] = 0.0, True
     assert stop() and stops(lambda: True, None)() and not stops(lambda: False, None)()
+
+
+def test_what_stops_before_there_is_a_run_is_not_told_to_resume_one(tmp_path: Path) -> None:
+    inputs = {"subject.name": "bundled", "dictionary.path": "bundled:tests", "corpus.source": "bundled"}
+    for name, given, way in (
+        ("pass", inputs, "; go on from there: the same command again"),
+        ("run", {}, f"; go on from there: exegete resume --store {tmp_path / 'run'}"),
+    ):
+        if not given:
+            planted_store(planted_file(tmp_path, 2), tmp_path / name)
+        said = io.StringIO()
+        limits = ["label.hours=1e-9", *(["corpus.documents=200"] if given else [])]
+        outcome = run(load_config(None, limits, {**given, "store": str(tmp_path / name)}), Lines(said))
+        assert not outcome.finished and bool(outcome.runs) == (name == "run")
+        assert f"stopped by label.hours = 1e-09: what was in flight is finished and written{way}\n" in said.getvalue()
 
 
 @pytest.mark.parametrize("assignment", ["label.until=25:00", "label.until=noon", "label.hours=0", "label.hours=inf"])
