@@ -40,7 +40,6 @@ from exegete.agent.embedding_run import EmbeddingRun
 from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_evidence, load_inputs
 from exegete.agent.identity import identity
 from exegete.agent.interrupts import stop_on_interrupt
-from exegete.agent.lasting import Lasting
 from exegete.agent.limits import Deadline, deadline_of, stops
 from exegete.agent.models import budget_of
 from exegete.agent.ordering import Latents, chosen_latents
@@ -49,6 +48,7 @@ from exegete.agent.progress import Progress, default_progress
 from exegete.agent.random_weight import control_latents
 from exegete.agent.stages import Labeling, Session, publish, worked_through
 from exegete.agent.summary import summarise
+from exegete.agent.surviving_display import SurvivingDisplay
 from exegete.agent.typed import control_scores, few_floors, too_few, typed_latents
 from exegete.agent.watching import watched
 from exegete.agent.workbench import check_workbench
@@ -86,7 +86,7 @@ def run(config: RunConfig, progress: Progress | None = None, confirm: Ask | None
     Raises:
         UserError: something in the configuration, the inputs or the store is wrong; nothing was damaged.
     """
-    progress = Lasting(progress or default_progress())
+    progress = SurvivingDisplay(progress or default_progress())
     folder = Path(config.store)
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.

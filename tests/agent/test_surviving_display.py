@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from exegete.agent.config import load_config
-from exegete.agent.lasting import Lasting
 from exegete.agent.progress import Bars, Display, Lines
 from exegete.agent.run import run
+from exegete.agent.surviving_display import SurvivingDisplay
 from exegete.tools.interchange import import_evidence
 
 from .test_cascade import line
@@ -44,7 +44,7 @@ DISPLAYS = [
 
 @pytest.mark.parametrize("made", DISPLAYS)
 def test_an_output_that_has_gone_stops_nothing(made: Any, caplog: pytest.LogCaptureFixture) -> None:
-    display = Lasting(made())
+    display = SurvivingDisplay(made())
     assert isinstance(display, Display)
     display.say("a line")
     done = []
@@ -53,15 +53,15 @@ def test_an_output_that_has_gone_stops_nothing(made: Any, caplog: pytest.LogCapt
             advance(1)
             display.beat()
             done.append(number)
-    assert done == [0, 1] and [one.levelname for one in caplog.records if one.name == "exegete.agent.lasting"] == [
-        "WARNING"
-    ]
+    assert done == [0, 1] and [
+        one.levelname for one in caplog.records if one.name == "exegete.agent.surviving_display"
+    ] == ["WARNING"]
 
 
 @pytest.mark.parametrize("made", [*DISPLAYS, lambda: Lines(io.StringIO())])
 @pytest.mark.parametrize("error", [KeyError("a bug"), OSError("the disk is full"), KeyboardInterrupt()])
 def test_what_the_work_raises_is_raised(made: Any, error: BaseException) -> None:
-    with pytest.raises(type(error)) as raised, Lasting(made()).stage("labeling", 2, "latents"):
+    with pytest.raises(type(error)) as raised, SurvivingDisplay(made()).stage("labeling", 2, "latents"):
         raise error
     assert raised.value is error
 

@@ -22,7 +22,7 @@ _GONE = (OSError, ValueError)
 """Raised by an output that has gone; the latter by one that was closed."""
 
 
-class Lasting:
+class SurvivingDisplay:
     """Shows on another display for as long as that can be written to."""
 
     def __init__(self, display: Progress) -> None:
