@@ -4,8 +4,9 @@
    weighed by the run's judge on the refine split, and scored on the test split.
 2. Beside it best-of-N at equal cost: the top writer is asked again and again, and each answer weighed, until that has cost as much as
    the whole climb of this latent (in USD, or in tokens where nothing costs). The best on the refine split is scored on the test split.
-3. From the refine split of all of them come the line that screening goes by and the gain and price of each rung. They are stored
-   with the run and never change; routing the other latents, and these as well, rests on them.
+3. From the refine split of all of them come how the judge's errors cluster there, the line that screening goes by, and the gain
+   and price of each rung. They are stored with the run and never change; routing the other latents, and these as well, rests on
+   them, and on nothing of the test split.
 4. From the test split comes the measurement of the routing rule (`routing_value.measured`), cross-fitted; it decides nothing.
 
 The replies are in the journal: a restart asks nothing again, and a control about which calls were missing is made anew.
@@ -14,7 +15,7 @@ The replies are in the journal: a restart asks nothing again, and a control abou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,11 +27,14 @@ from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, failed,
 from exegete.agent.graph import RECURSION_LIMIT, LabelState, Workbench, add_climb
 from exegete.agent.models import Halted
 from exegete.agent.ordering import Latents
+from exegete.agent.pilot import described, restored
 from exegete.agent.routing import Gains, best, fit_gains
 from exegete.agent.screening import Screening, fit_screening, left_out
 from exegete.agent.spending import NOTHING, Spent, spent_so_far
 from exegete.evaluators import Evaluation
+from exegete.evaluators.clustering import INDEPENDENT, Clustering
 from exegete.evaluators.refine_score import Refined
+from exegete.evaluators.scoring import expected_clustering, pilot_clustering
 from exegete.tools.evidence import Evidence
 from exegete.tools.explainers import Explanation, NotExplained
 from exegete.tools.seeds import generator
@@ -57,17 +61,27 @@ class Control:
 
     gains: Gains
     screening: Screening | None
+    clustering: Mapping[str, Clustering]
+    """Of the judge's errors on the refine split, by evaluator; empty where it reads each item alone."""
     records: Sequence[LatentRecord] = field(default_factory=tuple)
 
     def described(self) -> dict[str, Any]:
         """Return what is frozen, as it is stored with the run."""
-        return {"gains": self.gains.described(), "screening": self.screening.described() if self.screening else None}
+        return {
+            "gains": self.gains.described(),
+            "screening": self.screening.described() if self.screening else None,
+            "clustering": described(dict(self.clustering)),
+        }
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Control:
         """Return what was frozen."""
         screening = stored["screening"]
-        return cls(Gains.restored(stored["gains"]), Screening.restored(screening) if screening else None)
+        return cls(
+            Gains.restored(stored["gains"]),
+            Screening.restored(screening) if screening else None,
+            restored(stored["clustering"]),
+        )
 
 
 def subset_of(evidence: Evidence, latents: Latents, count: int, seed: int) -> list[int]:
@@ -90,22 +104,43 @@ async def run_control(
     """
     assert bench.cascade is not None
     cascade = replace(bench.cascade, always=True)
-    own_bench = replace(bench, cascade=cascade, in_flight={})
-    graph = _climb_graph(own_bench, cascade)
+    cascade.score.clustering = {}
+    own = replace(bench, cascade=cascade, in_flight={})
+    found = await _climb_all(evidence, latents, own, cascade, concurrency, stop, seen)
+    if found is not None and expected_clustering(bench.judge) != INDEPENDENT:
+        # Once more, now that the judge's errors on the refine split are known; the replies are in the journal.
+        cascade.score.clustering = _clustering(cascade, found[0])
+        found = await _climb_all(evidence, latents, own, cascade, concurrency, stop, lambda records: None)
+    if found is None:
+        return None
+    climbs, records = found
+    return _frozen(cascade, climbs, records), not any(record.missing_calls for record in records)
+
+
+async def _climb_all(
+    evidence: Evidence,
+    latents: Sequence[int],
+    bench: Workbench,
+    cascade: Cascade,
+    concurrency: int,
+    stop: Stop,
+    seen: Write,
+) -> tuple[dict[int, Climbed], list[LatentRecord]] | None:
+    graph = _climb_graph(bench, cascade)
     climbs: dict[int, Climbed] = {}
     records: list[LatentRecord] = []
 
     async def climb(own: LatentEvidence) -> LatentRecord:
-        own_bench.in_flight[own.latent] = own
+        bench.in_flight[own.latent] = own
         try:
-            climbs[own.latent], record = await _climb(own, graph, own_bench, cascade)
+            climbs[own.latent], record = await _climb(own, graph, bench, cascade)
             return record
         except Halted:
             raise
         except Exception as error:
             return failed(bench.dictionary, own.latent, error)
         finally:
-            own_bench.in_flight.pop(own.latent)
+            bench.in_flight.pop(own.latent)
 
     def take(finished: Sequence[LatentRecord]) -> None:
         records.extend(finished)
@@ -114,7 +149,22 @@ async def run_control(
     if not await work_through(evidence_in_ranges(evidence, latents), climb, concurrency, Batch(take, 1), stop):
         return None
     records.sort(key=lambda record: record.latent)
-    return _frozen(cascade, climbs, records), not any(record.missing_calls for record in records)
+    return climbs, records
+
+
+def _clustering(cascade: Cascade, climbs: dict[int, Climbed]) -> dict[str, Clustering]:
+    """Return how the judge's errors cluster in prompts of the refine split, on the top writer's explanations."""
+    rung = writer_of(cascade)
+    shown = [
+        next((dict(one.refined.verdicts) for one in climbs[latent].tried if one.rung == rung and one.refined), {})
+        for latent in sorted(climbs)
+    ]
+    return {name: pilot_clustering(own.get(name, ()) for own in shown) for name in ("detection", "fuzzing")}
+
+
+def writer_of(cascade: Cascade) -> str:
+    """Return the highest rung that writes by itself."""
+    return [name for name in cascade.rungs if name != REFINE][-1]
 
 
 def _climb_graph(bench: Workbench, cascade: Cascade) -> Any:
@@ -154,7 +204,7 @@ async def _screened(own: LatentEvidence, bench: Workbench, cascade: Cascade, tri
 
 async def _best_of(own: LatentEvidence, bench: Workbench, cascade: Cascade, cost: Spent) -> list[Tried]:
     """Return the best of as many draws of the top writer as cost what the climb cost; empty where it draws but once."""
-    writer: Any = cascade.writers[[name for name in cascade.rungs if name != REFINE][-1]]
+    writer: Any = cascade.writers[writer_of(cascade)]
     if not hasattr(writer, "candidate"):
         return []
     seed, before = bench.latent_seed(own.latent), spent_so_far()
@@ -215,7 +265,7 @@ def _frozen(cascade: Cascade, climbs: dict[int, Climbed], records: Sequence[Late
         reckoned = dict(zip(latents, left_out(screened, judged), strict=True))
         records = [_reckoned(cascade, record, reckoned.get(record.latent)) for record in records]
     gains = fit_gains([record.steps for record in records], cascade.rungs)
-    return Control(gains, screening, tuple(records))
+    return Control(gains, screening, dict(cascade.score.clustering), tuple(records))
 
 
 def _judged(cascade: Cascade, tried: Sequence[Tried]) -> Refined:

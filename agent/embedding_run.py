@@ -48,17 +48,25 @@ def name_of_embedder(model: str) -> str:
 class EmbeddingRun:
     """Embeds what a run writes. Use it in a `with` statement: leaving it writes what is embedded and ends the thread."""
 
-    def __init__(self, writer: Writer, model: str | None, open_embedder: Callable[[], Embedder]) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        model: str | None,
+        open_embedder: Callable[[], Embedder],
+        said: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Embed for the store that `writer` has open.
 
         Args:
             writer: of the store.
             model: name or folder of the embedding model; with None, nothing is embedded.
             open_embedder: loads it, when the first explanation is there.
+            said: is told at once where it fails.
         """
         self._store = writer.embeddings
         self._model = None if model is None else name_of_embedder(model)
         self._open = open_embedder
+        self._said = said
         self._embedder: Embedder | None = None
         self._waiting: deque[Text] = deque()
         self._changed = threading.Condition()
@@ -134,6 +142,7 @@ class EmbeddingRun:
             part.write()
         except BaseException as error:  # It is raised by `finish`, in the thread that can tell somebody.
             self._error = error
+            self._said(f"explanations are no longer embedded: {error}")
 
     def _next(self) -> list[Text]:
         """Wait for texts and take some; none where there are no more to come."""

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from exegete.agent.awaiting import awaited
 from exegete.agent.config import RunConfig
 from exegete.agent.run_facts import explainer_of, models_text
 from exegete.agent.workbench import check_workbench
@@ -256,7 +256,7 @@ def _dry(config: RunConfig, inputs: Inputs | None, evidence: Evidence) -> list[s
                     config, evidence, latents, recorded, bench, spent, control=control, kept=writer is not None
                 )
 
-        return plan_lines(asyncio.run(measure()), config)
+        return plan_lines(awaited(measure()), config)
 
 
 def _writer(config: RunConfig, stack: ExitStack) -> Writer | None:

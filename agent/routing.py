@@ -230,7 +230,7 @@ def ladder(steps: Sequence[StepRecord], rungs: Sequence[str]) -> list[Tread]:
             if step.explanation_id is None:
                 continue
             better = step.refine is not None and (standing.value is None or step.refine > standing.value)
-            if not explained or better:
+            if not explained or better or standing.value is None:
                 standing, test = Standing(step.refine, step.refine_low, step.refine_high), step.test
             explained = True
         usd, calls, tokens = (sum(getattr(step, unit) for step in own) for unit in ("usd", "calls", "tokens"))

@@ -24,16 +24,15 @@ already, `run` works in a thread of its own and returns when it is done.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from exegete.agent.awaiting import awaited
 from exegete.agent.cascade_summary import cascade_figures
 from exegete.agent.config import RunConfig
 from exegete.agent.embedding_run import EmbeddingRun
@@ -50,14 +49,12 @@ from exegete.agent.stages import Labeling, Session, publish, worked_through
 from exegete.agent.summary import summarise
 from exegete.agent.surviving_display import SurvivingDisplay
 from exegete.agent.typed import control_scores, few_floors, too_few, typed_latents
-from exegete.agent.watching import watched
+from exegete.agent.watching import Watch, watched
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
 from exegete.tools.store import Store, Writer, id_of_run
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def run(config: RunConfig, progress: Progress | None = None, confirm: Ask | None
     with store.writer() as writer, watched(store.folder, progress) as watch, stop_on_interrupt(progress) as asked:
         deadline, budget = deadline_of(config.label), budget_of(config.models)
         watch.vitals.pays_from(budget)
-        with _embedding(config, writer) as embedding:
+        with _embedding(config, writer, watch) as embedding:
             here = Session(config, inputs, writer, watch, stops(asked, deadline), budget, embedding, confirm)
             return _worked_on(here, store, deadline)
 
@@ -108,7 +105,7 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
         gathered, control = _gathered(here, store)
         _count_spent(here, gathered, control)
         for evidence in gathered:
-            figures[evidence.dictionary], found = _awaited(_label_dictionary(here, evidence, control))
+            figures[evidence.dictionary], found = awaited(_label_dictionary(here, evidence, control))
             missing |= found
         if not here.embedding.finish(here.stop).complete:
             raise Interrupted
@@ -130,12 +127,12 @@ def _worked_on(here: Session, store: Store, deadline: Deadline | None) -> Outcom
     return Outcome(store.folder, True, figures, missing, here.begun)
 
 
-def _embedding(config: RunConfig, writer: Writer) -> EmbeddingRun:
+def _embedding(config: RunConfig, writer: Writer, watch: Watch) -> EmbeddingRun:
     """Return what embeds explanations as they are written: nothing, where no embedding model is configured."""
     from exegete.tools.embedders import SentenceEmbedder
 
     model = config.models.embedder if config.label.embed else None
-    return EmbeddingRun(writer, model, lambda: SentenceEmbedder(model or "", device=config.models.device))
+    return EmbeddingRun(writer, model, lambda: SentenceEmbedder(model or "", device=config.models.device), watch.say)
 
 
 def _gathered(here: Session, store: Store) -> tuple[list[Evidence], tuple[Inputs, Evidence] | None]:
@@ -145,16 +142,6 @@ def _gathered(here: Session, store: Store) -> tuple[list[Evidence], tuple[Inputs
     if not config.label.random_control or inputs is None:
         return gathered, None
     return gathered, gather_control(config, inputs, store, writer, watch, here.stop)
-
-
-def _awaited(work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what `work` comes to, in an event loop of its own: in a thread, where this one has a loop that runs."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
 
 
 def _count_spent(here: Session, gathered: Sequence[Evidence], control: tuple[Inputs, Evidence] | None) -> None:

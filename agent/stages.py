@@ -139,6 +139,12 @@ async def _plan(here: Session, own: Labeling, bench: Workbench) -> None:
     recorded = here.writer.labeled(own.run, own.evidence.dictionary)
     if not len(np.setdiff1d(own.latents, recorded)):
         return
+    if bench.cascade is not None and len(recorded):
+        # What a latent costs depends on what is frozen: measuring without it would pay for calls that no latent needs.
+        here.watch.say(
+            f"{len(recorded):,} of {len(own.latents):,} latents are labeled already; going on with the others"
+        )
+        return
     here.watch.say("a few latents are labeled first, to see what is to come")
     plan = await plan_of(
         here.config,
@@ -171,8 +177,6 @@ async def _control(here: Session, own: Labeling, bench: Workbench) -> bool:
     run, dictionary = own.run, own.evidence.dictionary
     if cascade is None or not config.cascade.control:
         return True
-    by_name = {evaluator.name: evaluator.clustering for evaluator in piloted(bench)}
-    cascade.score.clustering = {name: by_name[name] for name in ("detection", "fuzzing") if by_name.get(name)}
     frozen = writer.pilot(run, dictionary)
     complete = CASCADE in frozen
     if complete:
@@ -191,7 +195,11 @@ async def _control(here: Session, own: Labeling, bench: Workbench) -> bool:
         writer.set_control(run, dictionary, control.records)
         if complete:  # Last, since once it is frozen nothing of it is made again.
             writer.set_pilot(run, dictionary, {**frozen, CASCADE: control.described()})
-    cascade.gains, cascade.screening = control.gains, control.screening
+    cascade.gains, cascade.screening, cascade.score.clustering = (
+        control.gains,
+        control.screening,
+        dict(control.clustering),
+    )
     return complete
 
 

@@ -247,6 +247,10 @@ def _check_cascade(config: RunConfig) -> None:
         )
     for name in cascade.rungs:
         _check(config, "explainer", name, _rung_options(config, name))
+        if name in cascade.models and "client" not in _supplied(config, _maker("explainer", name)):
+            raise UserError(
+                f"cascade.models names {cascade.models[name]!r} for the rung {name!r}, which asks no language model"
+            )
     lacking = [name for name in ("detection", "fuzzing") if name not in label.evaluators]
     if cascade.control and lacking:
         raise UserError(

@@ -30,6 +30,8 @@ class ScriptedWire:
 
     def __init__(self, error: float = 0.0) -> None:
         self.error = error
+        self.harsh = 0.0
+        """Error rate on windows that hold the word `(harsh)`."""
         self.asked: Counter[str] = Counter()
         self.questions: Counter[str] = Counter()
 
@@ -69,7 +71,8 @@ class ScriptedWire:
         return bool(words & set(_MARK.findall(shown) if "<<" in shown else shown.split()))
 
     def _flipped(self, shown: str) -> bool:
-        return crc32(shown.encode()) % 1_000 < 1_000 * self.error
+        rate = self.harsh if "(harsh)" in shown else self.error
+        return crc32(shown.replace(" (harsh)", "").encode()) % 1_000 < 1_000 * rate
 
     async def close(self) -> None:
         """There is nothing to give back."""

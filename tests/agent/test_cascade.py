@@ -227,3 +227,30 @@ def test_the_summary_says_what_routing_and_each_rung_are_worth(
     assert own["gain of refine"]["low"] > 0 and own["best-of"]["value"] < own["climb always"]["value"]
     lines = "\n".join(headline(figures))
     assert "cascade: one-shot → refine, target 0.9" in lines and "refine adds" in lines and "flatter by" in lines
+
+
+def test_routing_rests_on_nothing_of_the_test_split(
+    monkeypatch: pytest.MonkeyPatch, evidence: Path, tmp_path: Path
+) -> None:
+    """Other verdicts on test windows change the scores, and neither who climbs nor what is frozen."""
+    found = []
+    for name, rate in (("kind", 0.0), ("harsh", 0.4)):
+        wire = scripted(monkeypatch, error=0.1)
+        lines = [json.loads(one) for one in evidence.read_text().splitlines()]
+        if rate:
+            # Every window of the test split ends in a word that makes the judge err in four of ten.
+            for latent in lines:
+                for window in latent["windows"]:
+                    if window["split"] == "test":
+                        window["tokens"][-1] += " (harsh)"
+        wire.harsh = rate
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+        climb(file, tmp_path / name, ["one-shot", "refine"], "cascade.control=16", "cascade.worth_usd=1.0")
+        decided = "SELECT latent, step, rung, refine, refine_low, refine_high, decision FROM climbs WHERE NOT control ORDER BY ALL"
+        frozen = "SELECT clustering::VARCHAR FROM data.pilots WHERE evaluator = 'cascade'"
+        scored = "SELECT avg(value) FROM scores WHERE evaluator = 'detection' AND metric = 'balanced_accuracy' AND baseline IS NULL"
+        found.append([rows(tmp_path / name, query) for query in (decided, frozen, scored)])
+    (kind, kind_frozen, ((kind_score,),)), (harsh, harsh_frozen, ((harsh_score,),)) = found
+    assert harsh_score < kind_score - 0.1
+    assert (kind, kind_frozen) == (harsh, harsh_frozen)
