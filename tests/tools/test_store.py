@@ -333,6 +333,35 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert len(content(Store.open(tmp_path))["results"]) == 11
 
 
+def test_wherever_the_disk_ends_the_snapshot_is_whole(tmp_path: Path) -> None:
+    """Also where only the last step, bringing the snapshot into one file, finds no room."""
+    before = content(fill(tmp_path, [range(200)]))
+    size = (tmp_path / "labels.duckdb").stat().st_size
+    script = """
+        import sys, pathlib, resource
+        sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
+        import test_store as t
+        store = t.Store.open(pathlib.Path(sys.argv[1]))
+        for limit in map(int, sys.argv[3:]):
+            with store.writer() as writer:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                try:
+                    writer.publish()
+                    print(limit, "published")
+                except t.UserError:
+                    print(limit, "refused")
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert len(t.content(store)["results"]) == 200
+    """
+    limits = [str(size * part // 16) for part in range(4, 18)]
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent), *limits]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    outcomes = [line.split()[1] for line in found.stdout.splitlines()]
+    assert len(outcomes) == len(limits) and {outcomes[0], outcomes[-1]} == {"refused", "published"}
+    assert content(Store.open(tmp_path)) == before
+
+
 def test_a_reader_elsewhere_sees_whole_snapshots_only(tmp_path: Path) -> None:
     fill(tmp_path, [range(5)])
     script = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import duckdb
 
 from exegete.tools.errors import UserError
-from exegete.tools.store.parts import remove_orphans, sync_file, sync_folder
+from exegete.tools.store.parts import remove_orphans, require_one_file, sync_file, sync_folder
 from exegete.tools.store.publishing import SNAPSHOT, discard
 from exegete.tools.store.schema import QUIET, migrate
 from exegete.tools.store.writer import Writer, evidence_path
@@ -149,6 +149,8 @@ def _make_database(folder: Path, where: str) -> None:
         path.unlink(missing_ok=True)
     with duckdb.connect(str(temporary)) as connection:
         migrate(connection, where)
+        connection.execute("CHECKPOINT")
+    require_one_file(temporary)
     sync_file(temporary)
     temporary.rename(folder / _DATABASE)
     sync_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Collection, Mapping
@@ -47,6 +48,12 @@ def remove_orphans(folder: Path, registered: Collection[str]) -> int:
     for path in orphans:
         path.unlink()
     return len(orphans)
+
+
+def require_one_file(database: Path) -> None:
+    """Raise OSError where a closed database is not in one file: closing it says nothing where the disk was full."""
+    if database.with_name(f"{database.name}.wal").exists():
+        raise OSError(errno.ENOSPC, "the database could not be brought into one file", str(database))
 
 
 def sync_file(path: Path) -> None:

@@ -8,7 +8,7 @@
 3. What readers would otherwise aggregate on every query is worked out there once, as tables (`worked_out.sql`): in a snapshot
    that has grown, only for latents with new rows.
 4. The views are made there, over the store's present place and the registered parts.
-5. It is closed (which writes its checkpoint), fsynced, and renamed over the former snapshot.
+5. It is brought into one file (its checkpoint), closed, fsynced, and renamed over the former snapshot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import duckdb
 
 from exegete.tools.store.macros import macro_statements
-from exegete.tools.store.parts import sync_file, sync_folder
+from exegete.tools.store.parts import require_one_file, sync_file, sync_folder
 from exegete.tools.store.schema import QUIET, schema_version, utc_now
 from exegete.tools.store.views import BEST, WORKED_OUT, view_statements, worked_out_queries
 
@@ -181,6 +181,8 @@ def _finish(temporary: Path, folder: Path, before: int | None) -> None:
         for statement in statements:
             snapshot.execute(statement.replace("CREATE ", "CREATE OR REPLACE ", 1) if _makes(statement) else statement)
         snapshot.commit()
+        snapshot.execute("CHECKPOINT")
+    require_one_file(temporary)
 
 
 def _makes(statement: str) -> bool:
