@@ -223,13 +223,14 @@ def _total(
 ) -> Figure:
     """Return the sum of a quantity over everything that is left, by its values for labeling a latent and for scoring it."""
     value = variance = satterthwaite = uncertain = 0.0
-    n = sum(len(stratum.samples) for stratum in strata)
+    n, left = sum(len(stratum.samples) for stratum in strata), sum(stratum.left for stratum in strata)
     unknown = False
     for place, stratum in enumerate(strata):
-        # Floors and control are on random latents, so they are like the larger stratum, which is the last.
+        # The control is on random latents with the counts of the larger stratum, the last; floors are on random ones with their own.
         last = place == len(strata) - 1
         labeled = stratum.left + (extent.control + 2 * extent.climbs if last else 0)
-        floors = len(BASELINES) * (extent.floors if last else 0)
+        floored = extent.floors * (stratum.left / left if left else float(last))
+        floors = len(BASELINES) * floored
         if not labeled and not floors:
             continue
         labels = np.array([label(one) for one in stratum.samples])
@@ -242,7 +243,7 @@ def _total(
             continue
         of_mean = weighted.var(ddof=1) / len(weighted)
         # The floors of one latent rise and fall together.
-        of_rest = labeled * labels.var(ddof=1) + extent.floors * last * len(BASELINES) ** 2 * scores.var(ddof=1)
+        of_rest = labeled * labels.var(ddof=1) + floored * len(BASELINES) ** 2 * scores.var(ddof=1)
         variance += of_mean + of_rest
         satterthwaite += (of_mean + of_rest) ** 2 / (len(weighted) - 1)
     if unknown:

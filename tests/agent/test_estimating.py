@@ -49,6 +49,12 @@ def test_floors_and_control_by_hand() -> None:
     assert (found.calls.low, found.calls.value, found.calls.high) == (60 + 24, 60 + 48, 60 + 48)
 
 
+def test_floors_fall_on_either_stratum_with_its_own_counts() -> None:
+    thorough, night = (Stratum(left, [sample(0, scoring=calls)] * 2) for left, calls in ((10, 80), (30, 8)))
+    # Of 8 latents with floors 2 are thorough: four floors on each, at 80 calls, and at 8 on the 6 others.
+    assert estimate([thorough, night], Extent(floors=8), FREE).calls.value == 4 * (2 * 80 + 6 * 8)
+
+
 def test_a_control_subset_that_climbs_every_rung_counts_twice() -> None:
     assert estimate([stratum(10, 5, 5)], Extent(climbs=4), FREE).calls.value == 5 * (10 + 2 * 4)
 
