@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pytest
-from latent_records import DICTIONARY, FakeScore, begin, record
+from latent_records import DICTIONARY, FakeScore, begin, content, fill, record
 
 import exegete
 from exegete.agent.sql import run_sql
@@ -26,26 +24,6 @@ from exegete.tools.interchange import import_evidence
 from exegete.tools.store import LatentRecord, Store, reading
 from exegete.tools.store.records import StepRecord
 from exegete.tools.store.schema import schema_version
-
-TABLES = ("results", "explanations", "scores", "typing", "floors")
-
-
-def fill(folder: Path, batches: Sequence[Sequence[int]]) -> Store:
-    store = Store.create_or_open(folder)
-    for batch in batches:
-        with store.writer() as writer:
-            run = begin(writer)
-            writer.record(run, [record(latent, 0.5 + latent / 100) for latent in batch])
-            writer.set_types(run, DICTIONARY, {latent: "input" for latent in range(20)})
-            writer.publish()
-    return store
-
-
-def content(store: Store) -> dict[str, Any]:
-    with exegete.connect(store.folder) as connection:
-        rows = {table: connection.execute(f"FROM data.{table}").fetchall() for table in TABLES}
-        rows["verdicts"] = connection.execute("FROM verdicts ORDER BY ALL").fetchall()
-        return rows
 
 
 def test_order_and_batching_do_not_show(tmp_path: Path) -> None:
@@ -298,68 +276,6 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     (store.folder / "store.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="format 99"):
         Store.create_or_open(store.folder)
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
-    before = content(fill(tmp_path, [range(10)]))
-    script = """
-        import sys, pathlib, resource
-        sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
-        import test_store as t
-        store = t.Store.open(pathlib.Path(sys.argv[1]))
-        with store.writer() as writer:
-            run = t.begin(writer)
-            size = max(path.stat().st_size for path in store.folder.glob("*.duckdb"))
-            limit = {"part": 4096, "log": 16_384, "checkpoint": size // 2}[sys.argv[3]]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            try:
-                if sys.argv[3] == "part":
-                    writer.record(run, [t.record(latent) for latent in range(10, 2000)])
-                else:
-                    writer.publish()
-            except t.UserError as error:
-                print(error)
-    """
-    for stage in ("part", "log", "checkpoint"):
-        arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent), stage]
-        found = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert "cannot write to the store" in found.stdout and "free some space" in found.stdout, found.stderr
-        assert len(found.stdout.splitlines()) == 1
-        assert content(Store.open(tmp_path)) == before
-    with Store.open(tmp_path).writer() as writer:
-        assert writer.labeled(begin(writer), DICTIONARY).tolist() == list(range(10))
-        writer.record(begin(writer), [record(11)])
-        writer.publish()
-    assert len(content(Store.open(tmp_path))["results"]) == 11
-
-
-def test_wherever_the_disk_ends_the_snapshot_is_whole(tmp_path: Path) -> None:
-    """Also where only the last step, bringing the snapshot into one file, finds no room."""
-    before = content(fill(tmp_path, [range(200)]))
-    size = (tmp_path / "labels.duckdb").stat().st_size
-    script = """
-        import sys, pathlib, resource
-        sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
-        import test_store as t
-        store = t.Store.open(pathlib.Path(sys.argv[1]))
-        for limit in map(int, sys.argv[3:]):
-            with store.writer() as writer:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-                try:
-                    writer.publish()
-                    print(limit, "published")
-                except t.UserError:
-                    print(limit, "refused")
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            assert len(t.content(store)["results"]) == 200
-    """
-    limits = [str(size * part // 16) for part in range(4, 18)]
-    arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent), *limits]
-    found = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    outcomes = [line.split()[1] for line in found.stdout.splitlines()]
-    assert len(outcomes) == len(limits) and {outcomes[0], outcomes[-1]} == {"refused", "published"}
-    assert content(Store.open(tmp_path)) == before
 
 
 def test_a_reader_elsewhere_sees_whole_snapshots_only(tmp_path: Path) -> None:
