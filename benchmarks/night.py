@@ -4,7 +4,7 @@
 2. `exegete.agent.run.run` labels it in the profile `night`: one-shot explanation, detection, fuzzing, floors, types, publishing.
    The language model is a scripted wire in this process, behind the same client as any provider: journal on the disk, budget,
    pace, prices; only the network and the model are not there.
-3. Each number of latents runs in a process of its own; peak memory is that process's, and where time goes is sampled.
+3. Each number of latents is labeled by a process of its own; peak memory is that process's, and where time goes is sampled.
 """
 
 from __future__ import annotations
@@ -73,19 +73,27 @@ def main() -> None:
     for latents in chosen.latents:
         folder = chosen.folder or Path(tempfile.mkdtemp(prefix="night-"))
         try:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                pool.apply(make, (folder / f"{latents}", latents))
                 print(json.dumps(pool.apply(night, (folder / f"{latents}", latents, chosen.assignments))), flush=True)
         finally:
             if chosen.folder is None:
                 shutil.rmtree(folder)
 
 
-def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
-    """Make the store, label it, and return what it took."""
-    begun = time.perf_counter()
+def make(folder: Path, latents: int) -> None:
+    """Make a store with evidence of so many latents; leave one that is there."""
     store = Store.create_or_open(folder)
-    _fill(store, latents)
-    made = time.perf_counter() - begun
+    if any(store.folder.glob("evidence/*/evidence.json")):
+        return
+    evidence = synthetic_evidence(store.folder / "evidence" / "making", latents)
+    evidence.folder.rename(store.evidence_folder(evidence.dictionary))
+    with store.writer() as writer:
+        writer.add_dictionary(DictionaryRecord(evidence.dictionary, f"synthetic-{latents}", latents))
+
+
+def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
+    """Label the store in `folder` and return what it took."""
     opening._wire = lambda spec, limits, device: ScriptedWire()
     overrides = {
         "store": str(folder),
@@ -106,7 +114,6 @@ def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "latents_per_s": round(latents / seconds, 1),
         "processor_s": round(time.process_time() - processor, 1),
-        "made_in_s": round(made, 1),
         "peak_mb_before": memory // 1024,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "stages_s": {name: round(spent, 1) for name, spent in stage_seconds(list(read_events(folder))).items()},
@@ -115,15 +122,6 @@ def night(folder: Path, latents: int, assignments: list[str]) -> dict[str, Any]:
         "outcomes": figures["outcomes"],
         "types": figures["types"],
     }
-
-
-def _fill(store: Store, latents: int) -> None:
-    if any(store.folder.glob("evidence/*/evidence.json")):
-        return
-    evidence = synthetic_evidence(store.folder / "evidence" / "making", latents)
-    evidence.folder.rename(store.evidence_folder(evidence.dictionary))
-    with store.writer() as writer:
-        writer.add_dictionary(DictionaryRecord(evidence.dictionary, f"synthetic-{latents}", latents))
 
 
 if __name__ == "__main__":

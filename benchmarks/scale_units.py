@@ -167,6 +167,7 @@ def one_run(folder: Path, latents: int) -> dict[str, float]:
             return reply
 
     night.ScriptedWire = Counting  # type: ignore[misc]
+    night.make(folder, latents)
     took = night.night(folder, latents, ["label.floors=0"])
     sizes = Counter({"evidence": 0, "verdicts": 0, "calls": 0, "labels.duckdb": 0, "run.duckdb": 0, "other": 0})
     for path in folder.rglob("*"):

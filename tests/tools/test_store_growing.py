@@ -225,7 +225,7 @@ def test_too_little_memory_for_a_snapshot_costs_that_snapshot(tmp_path: Path, mo
         writer.publish()
         writer.record(run, [record(1)])
         with monkeypatch.context() as little:
-            little.setattr(publishing, "_MEMORY", "200KB")
+            little.setattr(publishing, "MEMORY", "200KB")
             with pytest.raises(UserError, match="cannot write to the store"):
                 writer.publish()
         with exegete.connect(tmp_path / "s") as connection:

@@ -25,12 +25,14 @@ from typing import NamedTuple
 import duckdb
 
 from exegete.tools.store.parts import sync_file, sync_folder
-from exegete.tools.store.schema import QUIET
+from exegete.tools.store.schema import MEMORY, QUIET
 
 FAN = 16
 LARGE_ROWS = 1_000_000
 MOST_ROWS = 4_000_000
-"""Of a merged part: sorting them takes less than a gigabyte."""
+"""Of a merged part."""
+SPILLED = ".merging"
+"""Folder for what a merge cannot keep in memory."""
 MERGES_AT_ONCE = 8
 """At one publishing: what a night writes in between needs one, and a store of an older version is brought up bit by bit."""
 _ROW_GROUP = 32_768
@@ -116,8 +118,8 @@ def _write(path: Path, parts: Sequence[Path], order: str) -> None:
     # A database of its own, with one thread: the run goes on meanwhile.
     settings: dict[str, str | bool | int | float | list[str]] = {
         "threads": 1,
-        "memory_limit": "1GB",
-        "temp_directory": str(path.parent.parent / ".merging"),
+        "memory_limit": MEMORY,
+        "temp_directory": str(path.parent.parent / SPILLED),
     }
     with duckdb.connect(config=settings) as merging:
         merging.execute(QUIET)

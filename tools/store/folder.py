@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 import duckdb
 
 from exegete.tools.errors import UserError
+from exegete.tools.store.compaction import SPILLED
 from exegete.tools.store.parts import remove_orphans, require_one_file, sync_file, sync_folder
 from exegete.tools.store.publishing import SNAPSHOT, discard
-from exegete.tools.store.schema import QUIET, migrate
+from exegete.tools.store.schema import MEMORY, QUIET, migrate
 from exegete.tools.store.writer import Writer, evidence_path
 
 FORMAT = 1
@@ -161,7 +163,10 @@ def _open_database(folder: Path) -> duckdb.DuckDBPyConnection:
     try:
         if not (folder / _DATABASE).exists():
             _make_database(folder, where)
-        connection = duckdb.connect(str(folder / _DATABASE))
+        # What a killed process could not keep in memory.
+        for name in (f"{_DATABASE}.tmp", SPILLED):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        connection = duckdb.connect(str(folder / _DATABASE), config={"memory_limit": MEMORY})
     except (duckdb.Error, OSError) as error:
         raise UserError(
             f"{where} cannot be opened ({str(error).splitlines()[0]}); is its disk full, or the file damaged?"

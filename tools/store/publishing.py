@@ -24,7 +24,7 @@ import duckdb
 
 from exegete.tools.store.macros import macro_statements
 from exegete.tools.store.parts import require_one_file, sync_file, sync_folder
-from exegete.tools.store.schema import QUIET, schema_version, utc_now
+from exegete.tools.store.schema import MEMORY, QUIET, schema_version, utc_now
 from exegete.tools.store.views import BEST, WORKED_OUT, view_statements, worked_out_queries
 
 SNAPSHOT = "labels.duckdb"
@@ -39,8 +39,6 @@ _ORDER = {
     "typing": "dictionary, latent, run",
     "climbs": "dictionary, latent, run, control, step",
 }
-_MEMORY = "512MB"
-"""For working out; the rest goes to the disk. Twelve million scores would take two gigabytes, and the run needs them."""
 _GROWING = ("results", "explanations", "scores", "climbs")
 
 
@@ -167,7 +165,7 @@ def _next_row(connection: duckdb.DuckDBPyConnection, table: str) -> int:
 def _finish(temporary: Path, folder: Path, before: int | None) -> None:
     with duckdb.connect(str(temporary)) as snapshot:
         snapshot.execute(QUIET)
-        snapshot.execute(f"SET memory_limit = '{_MEMORY}'")
+        snapshot.execute(f"SET memory_limit = '{MEMORY}'")
         _work_out(snapshot, before)
         # Looking at a damaged part ends a transaction, so before it begins.
         statements = statements_for(snapshot, folder)

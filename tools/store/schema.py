@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 QUIET = "SET enable_progress_bar = false"
 """DuckDB draws progress bars in notebooks, of everything that takes seconds; what the store does by itself is not to."""
 
+MEMORY = "384MB"
+"""For each database that the store opens by itself; the rest goes to the disk. DuckDB's own limit is 80 % of the machine's memory, and
+caches grow towards it: a run of millions of latents would take gigabytes that its subject and models need."""
+
 _LEDGER = """
 CREATE TABLE IF NOT EXISTS main.migrations (
     version INTEGER PRIMARY KEY, name VARCHAR NOT NULL, digest VARCHAR NOT NULL,
