@@ -1,0 +1,54 @@
+"""A bench over the bundled subject: minimal pairs of one behaviour, with the dictionary that the tests have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exegete.agent.investigation.bench import Bench
+from exegete.agent.investigation.contract import Case, Metric
+from exegete.agent.live import Live
+from exegete.tools.bundled import dictionary_path, sample_texts, subject_path
+from exegete.tools.bundled.behaviours import behaviours
+from exegete.tools.dictionaries import Dictionary
+from exegete.tools.dictionary_loaders import load_dictionary
+from exegete.tools.live_model import LiveModel
+from exegete.tools.subject import Subject, load_subject
+
+PAIRS = 20
+"""Minimal pairs of a bench."""
+TEXTS = 60
+"""Other texts of the grammar beside them."""
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    torch.set_num_threads(2)
+    return load_subject(str(subject_path()))
+
+
+@pytest.fixture(scope="session")
+def dictionary(subject: Subject) -> Dictionary:
+    return load_dictionary(str(dictionary_path("tests")), subject)
+
+
+@pytest.fixture(scope="session")
+def cases() -> tuple[Case, ...]:
+    """The minimal pairs of `order.DESC`: the request says `descending` where its variant says `ascending`, and the like."""
+    return cases_of("order.DESC")
+
+
+@pytest.fixture
+def bench(subject: Subject, dictionary: Dictionary, cases: tuple[Case, ...]) -> Bench:
+    """Search prompts that end before ` DESC`, measured by its logit less that of ` ASC`; no store, no judge."""
+    live = Live(LiveModel(subject, [dictionary]), dictionary, None)
+    return Bench(live, cases, Metric("log_odds"), seed=5, texts=tuple(sample_texts(77, TEXTS)))
+
+
+def cases_of(behaviour: str, count: int = PAIRS, seed: int = 3) -> tuple[Case, ...]:
+    """Return the minimal pairs of a behaviour of the bundled language as cases."""
+    chosen = next(one for one in behaviours() if one.name == behaviour)
+    return tuple(
+        Case("".join(pair.base), pair.base_answer, pair.variant_answer, "".join(pair.variant))
+        for pair in chosen.pairs(seed, count)
+    )
