@@ -161,7 +161,13 @@ class Outcome:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Everything, as JSON: what `text` shortens, for the report and for SQL."""
     plots: tuple[Mapping[str, Any], ...] = ()
-    """Series to be drawn: `kind` (curve, bars, tokens), `title`, and the numbers of that kind (see `reporting`)."""
+    """Series to be drawn, as JSON; intervals and `control` may be left out (`drawing` draws them):
+
+    {"kind": "bars", "title": …, "unit": "logits", "bars": [{"label": …, "value": …, "low": …, "high": …, "control": false}, …]}
+    {"kind": "curve", "title": …, "x": "strength", "y": "logits",
+     "series": [{"label": …, "points": [[x, y], …], "low": [y, …], "high": [y, …], "control": false}, …]}
+    {"kind": "tokens", "title": …, "unit": "logits", "tokens": [text, …], "values": [a number for each token, …]}
+    """
 
 
 @dataclass(frozen=True)
