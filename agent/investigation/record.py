@@ -149,7 +149,7 @@ class InvestigationRecord:
 
 def to_json(record: InvestigationRecord) -> str:
     """Return the record as JSON text. Raises TypeError where it holds something that is no plain value."""
-    return json.dumps(_plain(asdict(record)), ensure_ascii=False, allow_nan=False, indent=1)
+    return json.dumps(plain(asdict(record)), ensure_ascii=False, allow_nan=False, indent=1)
 
 
 def from_json(text: str, where: str) -> InvestigationRecord:
@@ -214,8 +214,8 @@ def write_whole(path: Path, text: str) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
-    """Return the value as JSON has it."""
+def plain(value: Any) -> Any:
+    """Return the value as JSON has it: see 2. Raises TypeError where it is no plain value."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -223,7 +223,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, Mapping):
-        return {_plain(str(key)): _plain(inner) for key, inner in value.items()}
+        return {plain(str(key)): plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     raise TypeError(f"a record holds plain values; {value!r} is a {type(value).__name__}")
