@@ -92,6 +92,9 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     "effect_choice": lambda t: intervention._question(said(t), Passage(t, t, t), t, t).messages,
     "effect_description": lambda t: render("effect_description", passage=window_line([t, t])).messages,
     "fuzzing": lambda t: model_judge.prompt("fuzzing", said(t), [item(t), item(t)]).messages,
+    "judge_criterion": lambda t: render(
+        "judge_criterion", criterion=line(t), beginning=window_line(tokens(t)), continuation=window_line(tokens(t))
+    ).messages,
     "merge_senses": lambda t: render("merge_senses", hypotheses=[Hypothesis(3, said(t)), Hypothesis(2, said(t))]).messages,
     "one_shot": lambda t: render("one_shot", windows=shown([window(t), window(t)])).messages,
     "output": lambda t: render("output", effects=effects(t)).messages,

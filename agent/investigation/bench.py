@@ -5,11 +5,13 @@ Held-out prompts are not here: no tool can see what `verifying` will judge on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from exegete.agent.awaiting import awaited
 from exegete.agent.investigation.contract import Case, Metric
 from exegete.agent.live import Live
 from exegete.tools.errors import ToolError
@@ -43,13 +45,21 @@ class Bench:
     """Random sets of latents beside each experiment."""
     sealed: bool = False
     """Whether a labeling is what the investigator is asked for: then no tool shows windows of the test split."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """Where the judge's connections live; None where it may be asked from any loop."""
+
+    def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return what comes of asking the judge, in its own loop, from the thread of a tool."""
+        if self.loop is None or not self.loop.is_running():
+            return awaited(work)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     @cached_property
     def measurable(self) -> Measurable:
         """The metric on the search prompts, as the instruments take it."""
         from exegete.agent.investigation.measuring import Measurable
 
-        return Measurable(self.live, self.metric, self.cases, seed=self.seed, judge=self.judge)
+        return Measurable(self.live, self.metric, self.cases, seed=self.seed, judge=self.judge, ask=self.ask)
 
     @cached_property
     def prompts(self) -> list[Tokens]:
