@@ -99,6 +99,8 @@ class InvestigationRecord:
     status: Literal["finished", "interrupted", "budget"]
     """budget: it ended because what it may use was used up."""
     finished_at: str | None = None
+    stopped: str = ""
+    """Why the search ended before the investigator was done; empty where it was done."""
     suggested: str = ""
     """The cause that the question suggests."""
     budget: Budget = field(default_factory=Budget)

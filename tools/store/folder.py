@@ -15,15 +15,17 @@ import duckdb
 
 from exegete.tools.errors import UserError
 from exegete.tools.store.compaction import SPILLED
+from exegete.tools.store.investigations import FOLDER as INVESTIGATIONS
+from exegete.tools.store.naming import evidence_path
 from exegete.tools.store.parts import remove_orphans, require_one_file, sync_file, sync_folder
 from exegete.tools.store.publishing import SNAPSHOT, discard
 from exegete.tools.store.schema import MEMORY, QUIET, migrate
-from exegete.tools.store.writer import Writer, evidence_path
+from exegete.tools.store.writer import Writer
 
 FORMAT = 1
 _MARKER = "store.json"
 _DATABASE = "run.duckdb"
-_FOLDERS = ("evidence", "verdicts", "calls", "embeddings", "corpora", "passes", "controls")
+_FOLDERS = ("evidence", "verdicts", "calls", "embeddings", "corpora", "passes", "controls", INVESTIGATIONS)
 
 
 class BeingWritten(UserError):
@@ -103,6 +105,11 @@ class Store:
         return self.folder / "controls"
 
     @property
+    def investigations(self) -> Path:
+        """Where investigations lie, a folder each; stores of earlier versions have it once something is put there."""
+        return self.folder / INVESTIGATIONS
+
+    @property
     def passes(self) -> Path:
         """Where activation passes keep their working files."""
         return self.folder / "passes"
@@ -111,7 +118,8 @@ class Store:
     def writer(self) -> Iterator[Writer]:
         """Open the store for writing; everything else may go on reading the published snapshot.
 
-        On entry migrations are applied, and parts of verdicts, calls and embeddings that no transaction registered are removed.
+        On entry migrations are applied, parts of verdicts, calls and embeddings that no transaction registered are removed,
+        and records of investigations are taken in.
 
         Raises:
             UserError: another process writes (its pid is named), the store has a newer schema, or the disk is full.
@@ -120,6 +128,7 @@ class Store:
             connection = _open_database(self.folder)
             writer = Writer(self.folder, connection)
             try:
+                writer.take_in_investigations()
                 yield writer
             finally:
                 writer.close()

@@ -262,35 +262,138 @@ COMMENT ON COLUMN embeddings.vector IS 'The vector: list_inner_product of two is
 COMMENT ON COLUMN embeddings.code IS 'The vector with a byte a component, scaled to the largest: what a search reads.';
 
 CREATE VIEW investigations AS
-SELECT investigation_id, question, subject, dictionary, status, answer, parameters, started_at, finished_at FROM data.investigations;
-COMMENT ON VIEW investigations IS 'One row a question that the agent investigated.';
+SELECT i.investigation_id, i.question, i.suggested, i.investigator, i.subject, i.dictionary, i.hook_point, i.metric, i.search_prompts,
+       i.held_out_prompts, i.status, i.answer, coalesce(e.experiments, 0) AS experiments, coalesce(e.predictions, 0) AS predictions,
+       coalesce(e.hits, 0) AS hits, coalesce(c.claims, 0) AS claims, coalesce(c.verified, 0) AS verified, coalesce(c.failed, 0) AS failed,
+       i.steps, i.passes, i.calls, i.tokens, i.usd, i.seed, i.code_version, i.parameters, i.started_at, i.finished_at
+FROM data.investigations i
+LEFT JOIN (
+    SELECT investigation_id, count(*) AS experiments, count(hit) AS predictions, count(*) FILTER (hit) AS hits
+    FROM data.experiments GROUP BY ALL
+) e USING (investigation_id)
+LEFT JOIN (
+    SELECT investigation_id, count(*) AS claims, count(*) FILTER (verdict = 'verified') AS verified,
+           count(*) FILTER (verdict = 'failed') AS failed
+    FROM data.claims GROUP BY ALL
+) c USING (investigation_id);
+COMMENT ON VIEW investigations IS 'One row a question that was investigated, once it has ended.';
 COMMENT ON COLUMN investigations.investigation_id IS 'Id of the investigation.';
 COMMENT ON COLUMN investigations.question IS 'The question as it was asked.';
+COMMENT ON COLUMN investigations.suggested IS 'The cause that the question suggests; empty where it suggests none.';
+COMMENT ON COLUMN investigations.investigator IS 'Who investigated: recipe (a fixed protocol, no language model), or the model''s name.';
 COMMENT ON COLUMN investigations.subject IS 'The language model under study.';
 COMMENT ON COLUMN investigations.dictionary IS 'Fingerprint of the dictionary that was used.';
-COMMENT ON COLUMN investigations.status IS 'running, interrupted or finished.';
-COMMENT ON COLUMN investigations.answer IS 'What was found.';
+COMMENT ON COLUMN investigations.hook_point IS 'Where in the subject the dictionary reads and writes.';
+COMMENT ON COLUMN investigations.metric IS 'How the behaviour was measured, as JSON; null where that was never settled.';
+COMMENT ON COLUMN investigations.search_prompts IS 'Prompts that the investigator saw and experimented on.';
+COMMENT ON COLUMN investigations.held_out_prompts IS 'Prompts that claims were checked on, and nothing else.';
+COMMENT ON COLUMN investigations.status IS 'finished, interrupted, or budget (what it may use was used up).';
+COMMENT ON COLUMN investigations.answer IS 'What the investigator answered; what it is worth stands in claims.';
+COMMENT ON COLUMN investigations.experiments IS 'Experiments that it predicted.';
+COMMENT ON COLUMN investigations.predictions IS 'Those of them that gave a figure to hold the prediction against.';
+COMMENT ON COLUMN investigations.hits IS 'Those of them whose figure was as predicted.';
+COMMENT ON COLUMN investigations.claims IS 'Claims that it made.';
+COMMENT ON COLUMN investigations.verified IS 'Those of them that held on the held-out prompts.';
+COMMENT ON COLUMN investigations.failed IS 'Those of them that did not.';
+COMMENT ON COLUMN investigations.steps IS 'Decisions of the investigator.';
+COMMENT ON COLUMN investigations.passes IS 'Prompts run through the subject.';
+COMMENT ON COLUMN investigations.calls IS 'Calls to language models.';
+COMMENT ON COLUMN investigations.tokens IS 'Tokens of those calls, input and output together.';
+COMMENT ON COLUMN investigations.usd IS 'Cost of those calls in US dollars.';
+COMMENT ON COLUMN investigations.seed IS 'The seed that every random choice derives from.';
+COMMENT ON COLUMN investigations.code_version IS 'Version of exegete.';
 COMMENT ON COLUMN investigations.parameters IS 'Budget and settings, as JSON.';
 COMMENT ON COLUMN investigations.started_at IS 'When it began.';
 COMMENT ON COLUMN investigations.finished_at IS 'When it ended.';
 
 CREATE VIEW experiments AS
-SELECT experiment_id, investigation_id, hypothesis, prediction, tool, parameters, control, value, low, high, outcome,
-       predicted_at, finished_at FROM data.experiments;
-COMMENT ON VIEW experiments IS 'One row an experiment of an investigation, with the prediction written down before it.';
-COMMENT ON COLUMN experiments.experiment_id IS 'Id of the experiment.';
+SELECT e.investigation_id || '/' || e.experiment AS experiment_id, e.investigation_id, i.investigator, i.dictionary, e.place, e.tool,
+       e.parameters, e.hypothesis, e.hypothesis_status,
+       CASE WHEN e.predicted_low IS NULL THEN 'at most ' || e.predicted_high WHEN e.predicted_high IS NULL THEN 'at least ' || e.predicted_low
+            ELSE 'from ' || e.predicted_low || ' to ' || e.predicted_high END AS prediction,
+       e.predicted_low, e.predicted_high, e.because, e.status, e.headline, e.value, e.low, e.high, e.n, e.control, e.control_value,
+       e.control_low, e.control_high, e.control_n, e.hit,
+       CASE WHEN e.hit IS NULL THEN 'undecided' WHEN e.hit THEN 'confirmed' ELSE 'refuted' END AS outcome,
+       e.facts, e.passes, e.seconds, e.predicted_at, e.finished_at
+FROM data.experiments e JOIN data.investigations i USING (investigation_id);
+COMMENT ON VIEW experiments IS 'One row an experiment of an investigation, with the prediction written down before it. Hit rates: avg(hit::INTEGER), count(hit) … GROUP BY investigator.';
+COMMENT ON COLUMN experiments.experiment_id IS 'Id of the experiment, INVESTIGATION/E3: exegete rerun does it again.';
 COMMENT ON COLUMN experiments.investigation_id IS 'The investigation that it belongs to.';
-COMMENT ON COLUMN experiments.hypothesis IS 'The hypothesis that it tests.';
-COMMENT ON COLUMN experiments.prediction IS 'What the hypothesis predicts.';
+COMMENT ON COLUMN experiments.investigator IS 'Who asked for it: recipe, or a model''s name.';
+COMMENT ON COLUMN experiments.dictionary IS 'Fingerprint of the dictionary.';
+COMMENT ON COLUMN experiments.place IS 'Its place among the predictions of its investigation, from 1.';
 COMMENT ON COLUMN experiments.tool IS 'The instrument that was used.';
 COMMENT ON COLUMN experiments.parameters IS 'Its arguments, as JSON.';
-COMMENT ON COLUMN experiments.control IS 'The control it is compared with; null for the treatment itself.';
-COMMENT ON COLUMN experiments.value IS 'The effect.';
-COMMENT ON COLUMN experiments.low IS 'Lower end of its 95 % interval.';
-COMMENT ON COLUMN experiments.high IS 'Upper end of its 95 % interval.';
-COMMENT ON COLUMN experiments.outcome IS 'confirmed, refuted or undecided.';
-COMMENT ON COLUMN experiments.predicted_at IS 'When the prediction was written down.';
+COMMENT ON COLUMN experiments.hypothesis IS 'The hypothesis that it tests.';
+COMMENT ON COLUMN experiments.hypothesis_status IS 'What became of that in the end: open, supported or rejected.';
+COMMENT ON COLUMN experiments.prediction IS 'Where the headline figure was predicted to lie.';
+COMMENT ON COLUMN experiments.predicted_low IS 'The predicted lower bound; null for none.';
+COMMENT ON COLUMN experiments.predicted_high IS 'The predicted upper bound; null for none.';
+COMMENT ON COLUMN experiments.because IS 'Why that was predicted, in the investigator''s words.';
+COMMENT ON COLUMN experiments.status IS 'ok; error (the tool could not do it); refused (it may not be done); begun (it never ended).';
+COMMENT ON COLUMN experiments.headline IS 'What the headline figure is.';
+COMMENT ON COLUMN experiments.value IS 'The headline figure, mostly an effect; null where there is none.';
+COMMENT ON COLUMN experiments.low IS 'Lower end of its interval.';
+COMMENT ON COLUMN experiments.high IS 'Upper end of its interval.';
+COMMENT ON COLUMN experiments.n IS 'Prompts (or other units) that it rests on.';
+COMMENT ON COLUMN experiments.control IS 'The control that it stands beside, in words; null where the tool has none.';
+COMMENT ON COLUMN experiments.control_value IS 'The same figure under the control.';
+COMMENT ON COLUMN experiments.control_low IS 'Lower end of the control''s interval.';
+COMMENT ON COLUMN experiments.control_high IS 'Upper end of the control''s interval.';
+COMMENT ON COLUMN experiments.control_n IS 'Draws (or other units) that the control rests on.';
+COMMENT ON COLUMN experiments.hit IS 'Whether the figure was as predicted; null where there is no figure.';
+COMMENT ON COLUMN experiments.outcome IS 'The same in words: confirmed, refuted or undecided.';
+COMMENT ON COLUMN experiments.facts IS 'Everything that the tool found, as JSON.';
+COMMENT ON COLUMN experiments.passes IS 'Prompts that it ran through the subject.';
+COMMENT ON COLUMN experiments.seconds IS 'How long it took.';
+COMMENT ON COLUMN experiments.predicted_at IS 'When the prediction was on the disk.';
 COMMENT ON COLUMN experiments.finished_at IS 'When the result came.';
+
+CREATE VIEW claims AS
+SELECT c.investigation_id || '/C' || c.place AS claim_id, c.investigation_id, i.investigator, i.dictionary, c.statement, c.kind, c.latents,
+       c.intervention, c.expects, c.flips, c.experiments, c.hypothesis, c.verdict, c.why, c.value, c.low, c.high, c.n, c.control,
+       c.control_value, c.control_low, c.control_high, c.control_n, c.flipped, c.flipped_low, c.flipped_high, c.flipped_n,
+       c.flipped_control, c.flipped_control_low, c.flipped_control_high, c.direction_control, c.direction_control_low,
+       c.direction_control_high, c.direction_control_n, c.p, c.p_adjusted, c.alternatives
+FROM data.claims c JOIN data.investigations i USING (investigation_id);
+COMMENT ON VIEW claims IS 'One row a claim of an investigation, with what checking it by code on held-out prompts found. All verified ones about a latent: verdict = ''verified'' AND list_contains(latents, 17).';
+COMMENT ON COLUMN claims.claim_id IS 'Id of the claim, INVESTIGATION/C1.';
+COMMENT ON COLUMN claims.investigation_id IS 'The investigation that made it.';
+COMMENT ON COLUMN claims.investigator IS 'Who made it: recipe, or a model''s name.';
+COMMENT ON COLUMN claims.dictionary IS 'Fingerprint of the dictionary that its latents are of.';
+COMMENT ON COLUMN claims.statement IS 'What is claimed, in the investigator''s words.';
+COMMENT ON COLUMN claims.kind IS 'causal or correlational.';
+COMMENT ON COLUMN claims.latents IS 'The latents that it is about.';
+COMMENT ON COLUMN claims.intervention IS 'What was done to them to check it: ablate, interchange or steer.';
+COMMENT ON COLUMN claims.expects IS 'What that does to the metric by the claim: falls or rises.';
+COMMENT ON COLUMN claims.flips IS 'Whether it also says that most prompts change what they show.';
+COMMENT ON COLUMN claims.experiments IS 'Ids of the experiments that it rests on.';
+COMMENT ON COLUMN claims.hypothesis IS 'The hypothesis that it comes from.';
+COMMENT ON COLUMN claims.verdict IS 'verified, failed, unverified (it could not be checked), or correlational (nothing causal was claimed).';
+COMMENT ON COLUMN claims.why IS 'Why that is the verdict.';
+COMMENT ON COLUMN claims.value IS 'Mean change of the metric on the held-out prompts.';
+COMMENT ON COLUMN claims.low IS 'Lower end of its interval, which holds for all claims of the investigation together.';
+COMMENT ON COLUMN claims.high IS 'Upper end of that interval.';
+COMMENT ON COLUMN claims.n IS 'Held-out prompts that it rests on.';
+COMMENT ON COLUMN claims.control IS 'The control that it stands beside, in words.';
+COMMENT ON COLUMN claims.control_value IS 'The change under the control.';
+COMMENT ON COLUMN claims.control_low IS 'Lower end of the control''s interval.';
+COMMENT ON COLUMN claims.control_high IS 'Upper end of the control''s interval.';
+COMMENT ON COLUMN claims.control_n IS 'Draws that the control rests on.';
+COMMENT ON COLUMN claims.flipped IS 'Share of the held-out prompts whose behaviour is gone (or came).';
+COMMENT ON COLUMN claims.flipped_low IS 'Lower end of its interval.';
+COMMENT ON COLUMN claims.flipped_high IS 'Upper end of its interval.';
+COMMENT ON COLUMN claims.flipped_n IS 'Prompts that it is a share of.';
+COMMENT ON COLUMN claims.flipped_control IS 'The same share under the control.';
+COMMENT ON COLUMN claims.flipped_control_low IS 'Lower end of its interval.';
+COMMENT ON COLUMN claims.flipped_control_high IS 'Upper end of its interval.';
+COMMENT ON COLUMN claims.direction_control IS 'Change of the metric under random directions at the same KL, where the claim steers.';
+COMMENT ON COLUMN claims.direction_control_low IS 'Lower end of its interval.';
+COMMENT ON COLUMN claims.direction_control_high IS 'Upper end of its interval.';
+COMMENT ON COLUMN claims.direction_control_n IS 'Directions that were drawn.';
+COMMENT ON COLUMN claims.p IS 'P-value of the effect against the control.';
+COMMENT ON COLUMN claims.p_adjusted IS 'The same, adjusted by Holm (1979) over the causal claims of the investigation.';
+COMMENT ON COLUMN claims.alternatives IS 'Other explanations that checking could not rule out.';
 
 CREATE VIEW snapshot AS
 SELECT published_at, schema_version, code_version, store FROM data.snapshot;

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exegete.tools.errors import UserError
-from exegete.tools.seeds import digest
 from exegete.tools.store import forgetting, publishing, rows
 from exegete.tools.store.compaction import compact
 from exegete.tools.store.exported_calls import ExportedCalls
+from exegete.tools.store.investigations import Investigations
 from exegete.tools.store.journal_file import JOURNAL, SPENT_TOKENS, SPENT_USD
+from exegete.tools.store.naming import evidence_path, id_of_run, json_text
 from exegete.tools.store.parts import write_part
 from exegete.tools.store.publisher import Publisher
 from exegete.tools.store.recorded import Recorded
@@ -44,6 +45,7 @@ class Writer:
         self._lock = threading.RLock()
         self._recorded = Recorded(connection)
         self._calls = ExportedCalls(folder, connection, self._lock, self._transaction)
+        self._investigations = Investigations(folder, connection, self._lock, self._transaction)
         self._removals = 0
         self._former: publishing.Former | None = None
         self._publisher = Publisher(self._publish)
@@ -93,7 +95,7 @@ class Writer:
             d.hook_point,
             d.latents,
             evidence_path(d.dictionary, control=d.control_of is not None),
-            _json(d.provenance),
+            json_text(d.provenance),
         ]
         with self._transaction() as connection:
             connection.execute(
@@ -129,11 +131,11 @@ class Writer:
             connection.execute(
                 "INSERT INTO data.runs VALUES (?, ?, ?, ?, ?, 'running', NULL, ?, NULL)"
                 " ON CONFLICT DO UPDATE SET status = 'running', finished_at = NULL",
-                [run, dictionary, _json(config), seed, code_version, utc_now()],
+                [run, dictionary, json_text(config), seed, code_version, utc_now()],
             )
             connection.execute(
                 "INSERT OR REPLACE INTO data.settings VALUES (?, ?)",
-                [run, _json(config if settings is None else settings)],
+                [run, json_text(config if settings is None else settings)],
             )
         return run
 
@@ -241,7 +243,7 @@ class Writer:
             connection.execute("DELETE FROM data.pilots WHERE run = ? AND dictionary = ?", [run, dictionary])
             for evaluator, clustering in found.items():
                 connection.execute(
-                    "INSERT INTO data.pilots VALUES (?, ?, ?, ?)", [run, dictionary, evaluator, _json(clustering)]
+                    "INSERT INTO data.pilots VALUES (?, ?, ?, ?)", [run, dictionary, evaluator, json_text(clustering)]
                 )
 
     def set_control(self, run: str, dictionary: str, records: Sequence[LatentRecord]) -> None:
@@ -280,8 +282,18 @@ class Writer:
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE data.runs SET status = ?, figures = ?, finished_at = ? WHERE run = ?",
-                [status, None if figures is None else _json(figures), utc_now(), run],
+                [status, None if figures is None else json_text(figures), utc_now(), run],
             )
+
+    def take_in_investigations(self) -> int:
+        """Take in the records of investigations that are not in as they are now; return how many were.
+
+        Opening the store and publishing do it.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        return self._investigations.take_in()
 
     def publish(self) -> Path:
         """Replace the snapshot that readers open by the present state; return its path.
@@ -307,6 +319,7 @@ class Writer:
         try:
             if self._journal is not None or (self._folder / JOURNAL).exists():
                 self._calls.export(self.journal)
+            self._investigations.take_in()
             compact(self._connection, self._lock, self._folder)
             with self._lock:
                 cursor = self._connection.cursor()
@@ -380,20 +393,3 @@ class Writer:
     def _unwritten(self, error: Exception) -> UserError:
         first = str(error).splitlines()[0]
         return UserError(f"cannot write to the store {str(self._folder)!r} ({first}); free some space and resume")
-
-
-def id_of_run(config: Mapping[str, Any], seed: int, dictionary: str) -> str:
-    """Return the id of a run: a digest of what its results depend on."""
-    return digest(_json(config), str(seed), dictionary)
-
-
-def evidence_path(dictionary: str, control: bool = False) -> str:
-    """Return where evidence of a dictionary lies within its store: `evidence/` and 16 hex digits of the fingerprint.
-
-    That of a random-weight control lies in `controls/`: what labels, lists or exports all evidence does not meet it.
-    """
-    return f"{'controls' if control else 'evidence'}/{dictionary.removeprefix('sha256:')[:16]}"
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
