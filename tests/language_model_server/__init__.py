@@ -6,7 +6,7 @@
 starting            run it, set behaviours, read its log
 behaviours          how it answers and what goes wrong; also in a model's name: `oracle?rate=0.1&fault=429,first=3`
 judges, reading     the oracle, recorded verdicts, the script; what they read in a prompt
-answers             answers in the structured form that was asked for, and broken ones
+answers, tools      answers in the structured form that was asked for, and broken ones
 openai_*, anthropic_*   the two wire formats
 service, routes, wire, record   from a request to its reply; addresses; HTTP; the log
 """

@@ -40,11 +40,23 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Called:
+    """A tool that the model calls."""
+
+    name: str
+    arguments: Any
+    """An object; or a text, which stands in the reply as it is."""
+    id: str | None = None
+    """One that is made up, where None."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What the model says."""
 
     pieces: tuple[Piece, ...]
     stop: Stop = "stop"
+    calls: tuple[Called, ...] = ()
 
     @property
     def text(self) -> str:

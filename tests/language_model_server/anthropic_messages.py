@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .answers import Answer
+from .answers import Answer, Called
 from .behaviours import Model
 from .questions import Prefix, Question, RequestError, check_objects, digests_of, require, tokens_of
+from .tools import check_order, check_tool, tokens_of_calls
 
 _NUMBERS = itertools.count(1)
 _STOP = {"stop": "end_turn", "length": "max_tokens", "refusal": "refusal", "content_filter": "refusal"}
@@ -45,6 +46,7 @@ def question(body: Mapping[str, Any]) -> Question:
     ]
     require(sum(cached for _, _, cached in blocks) <= 4, "A maximum of 4 blocks with cache_control may be provided.")
     turns = [(role, text) for role, text, _ in blocks]
+    _check_tools(body, messages)
     tool, schema = _form(body)
     digests = digests_of(turns)
     return Question(
@@ -64,6 +66,12 @@ def question(body: Mapping[str, Any]) -> Question:
 
 def _blocks(role: str, content: Any) -> Iterator[Block]:
     for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if block.get("type") in ("tool_use", "tool_result"):
+            own = block["type"] == ("tool_use" if role == "assistant" else "tool_result")
+            require(own, f"{role}: `{block['type']}` blocks belong to the other role")
+            plain = {name: value for name, value in block.items() if name != "cache_control"}
+            yield "tool", json.dumps(plain), block.get("cache_control") is not None
+            continue
         require(block.get("type") == "text", f"{role}: this server reads text blocks only, not {block.get('type')!r}")
         require(bool(block["text"]), f"{role}: text content blocks must be non-empty")
         yield role, block["text"], block.get("cache_control") is not None
@@ -84,6 +92,23 @@ def _form(body: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any] | None
     check_objects(asked["schema"], _UNSUPPORTED, all_required=False, path="output_config.format.schema")
     _check_min_items(asked["schema"])
     return None, asked["schema"]
+
+
+def _check_tools(body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    for number, tool in enumerate(body.get("tools", [])):
+        check_tool(tool.get("name"), tool.get("input_schema"), f"tools.{number}")
+    turns = []
+    for message in messages:
+        blocks = message["content"] if isinstance(message["content"], list) else []
+        kinds = [block["type"] for block in blocks]
+        require(kinds == sorted(kinds, key="tool_result".__ne__), "`tool_result` blocks must come first")
+        used = [block for block in blocks if block["type"] == "tool_use"]
+        require(
+            all(isinstance(block["input"], dict) for block in used),
+            "tool_use.input: Input should be a valid dictionary",
+        )
+        turns.append(([b["id"] for b in used], [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]))
+    check_order(turns, bool(body.get("tools")))
 
 
 def _check_min_items(schema: Any) -> None:
@@ -108,6 +133,9 @@ def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
     if asked.tool and reason in ("end_turn", "max_tokens"):
         content = _tool_use(asked.tool, answer.text)
         reason = "tool_use" if reason == "end_turn" and content[-1]["type"] == "tool_use" else reason
+    elif answer.calls:
+        content += map(_called, answer.calls)
+        reason = "tool_use" if reason == "end_turn" else reason
     return {
         "id": f"msg_{next(_NUMBERS)}",
         "type": "message",
@@ -118,6 +146,11 @@ def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
         "stop_sequence": None,
         "usage": _usage(model, asked, answer),
     }
+
+
+def _called(call: Called) -> dict[str, Any]:
+    name = f"toolu_{next(_NUMBERS)}" if call.id is None else call.id
+    return {"type": "tool_use", "id": name, "name": call.name, "input": call.arguments}
 
 
 def _tool_use(name: str, text: str) -> list[dict[str, Any]]:
@@ -142,7 +175,7 @@ def _usage(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
         "cache_creation_input_tokens": reach - read,
         "cache_read_input_tokens": read,
         "cache_creation": {"ephemeral_5m_input_tokens": reach - read, "ephemeral_1h_input_tokens": 0},
-        "output_tokens": len(answer.pieces),
+        "output_tokens": len(answer.pieces) + tokens_of_calls(answer.calls),
         "service_tier": "standard",
     }
 

@@ -78,7 +78,7 @@ class Behaviour:
     verdicts: tuple[Mapping[str, Any], ...] = ()
     """Recorded for replay: {"task", "text" as rendered, "applies", "explanation" (may be missing)}."""
     replies: tuple[Any, ...] = ()
-    """Of the script, used up in order: a text, or {"text" or "json": …, "stop": …}."""
+    """Of the script, used up in order: a text, or {"text" or "json": …, "stop": …, "calls": [{"name", "arguments", "id"}]}."""
     faults: tuple[Fault, ...] = ()
     requests_per_s: float | None = None
     """More than so many are answered with 429."""

@@ -17,12 +17,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from exegete.tools.predicates import Member, Predicate, PredicateError, parse, quote, words_of
 
-from .answers import Answer, Content, Said, answer, said_text
+from .answers import Answer, Called, Content, Said, answer, said_text
 from .behaviours import Behaviour, Model, Recorded, uniform
 from .questions import Question, RequestError
 from .reading import Passage, Reading, Unreadable, original, read, schema_in_words
@@ -78,7 +79,8 @@ def _scripted(model: Model) -> Answer:
     if isinstance(line, str):
         return said_text(line)
     text = json.dumps(line["json"], ensure_ascii=False) if "json" in line else line.get("text", "")
-    return said_text(text, line.get("stop", "stop"))
+    called = tuple(Called(**call) for call in line.get("calls", ()))
+    return replace(said_text(text, line.get("stop", "stop")), calls=called)
 
 
 def _oracle(behaviour: Behaviour, reading: Reading, prompt: str) -> Content:

@@ -6,17 +6,19 @@ Source: the types of the `openai` package (types/chat, types/completion_usage).
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .answers import Answer, Piece, logprob
+from .answers import Answer, Called, Piece, logprob
 from .behaviours import Model
 from .questions import Prefix, Question, RequestError, check_objects, digests_of, require, tokens_of
+from .tools import check_order, check_tool, tokens_of_calls, written
 
 _NUMBERS = itertools.count(1)
-_ROLES = frozenset(["system", "developer", "user", "assistant"])
+_ROLES = frozenset(["system", "developer", "user", "assistant", "tool"])
 _FINISH = {"stop": "stop", "length": "length", "refusal": "stop", "content_filter": "content_filter"}
 _TYPES = {401: "authentication_error", 429: "requests", 500: "server_error", 503: "server_error"}
 
@@ -28,6 +30,7 @@ def question(body: Mapping[str, Any]) -> Question:
     require(isinstance(messages, list) and bool(messages), "Invalid 'messages': empty array")
     require(not body.get("stream"), "this server does not stream")
     turns = [_turn(message) for message in messages or []]
+    _check_tools(body, messages or [])
     schema = _schema(body.get("response_format"))
     digests = digests_of(turns)
     top = body.get("top_logprobs")
@@ -53,8 +56,31 @@ def _turn(message: Mapping[str, Any]) -> tuple[str, str]:
     require(role in _ROLES, f"Invalid value for 'messages': role {role!r}")
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part.get("type") == "text")
-    require(isinstance(content, str), "Invalid value for 'content': expected a string")
-    return str(role), str(content)
+    calls = message.get("tool_calls")
+    require(
+        isinstance(content, str) or (content is None and bool(calls)), "Invalid value for 'content': expected a string"
+    )
+    return str(role), f"{content or ''}{json.dumps(calls) if calls else ''}"
+
+
+def _check_tools(body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    tools = body.get("tools")
+    require(tools is None or bool(tools), "Invalid 'tools': empty array")
+    require("parallel_tool_calls" not in body or bool(tools), "'parallel_tool_calls' is only allowed with 'tools'")
+    for number, tool in enumerate(tools or ()):
+        require(tool.get("type") == "function", f"Invalid value: 'tools[{number}].type'")
+        check_tool(tool["function"].get("name"), tool["function"].get("parameters"), f"tools[{number}].function")
+    turns: list[tuple[list[str], list[str]]] = []
+    results: list[str] = []
+    for message in messages:
+        if message["role"] == "tool":
+            results.append(message["tool_call_id"])
+            continue
+        calls = message.get("tool_calls", ())
+        require(all(isinstance(call["function"]["arguments"], str) for call in calls), "arguments: expected a string")
+        turns.append(([call["id"] for call in calls], results))
+        results = []
+    check_order([*turns, ([], results)], bool(tools))
 
 
 def _schema(asked: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -85,12 +111,14 @@ def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
         "refusal": answer.text if refused else None,
         "annotations": [],
     }
+    if answer.calls and not refused:
+        message |= {"content": answer.text or None, "tool_calls": list(map(_called, answer.calls))}
     with_logprobs = asked.top_logprobs is not None and model.behaviour.logprobs == "given" and not refused
     choice = {
         "index": 0,
         "message": message,
         "logprobs": _logprobs(answer, asked.top_logprobs or 0) if with_logprobs else None,
-        "finish_reason": _FINISH[answer.stop],
+        "finish_reason": "tool_calls" if answer.calls and answer.stop == "stop" else _FINISH[answer.stop],
     }
     return {
         "id": f"chatcmpl-{next(_NUMBERS)}",
@@ -103,14 +131,20 @@ def completion(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
     }
 
 
+def _called(call: Called) -> dict[str, Any]:
+    name = f"call_{next(_NUMBERS)}" if call.id is None else call.id
+    return {"id": name, "type": "function", "function": {"name": call.name, "arguments": written(call)}}
+
+
 def _usage(model: Model, asked: Question, answer: Answer) -> dict[str, Any]:
     known = [p.tokens for p in asked.prefixes if p.digest in model.prefixes]
     cached = max((n // 128 * 128 for n in known if n >= model.behaviour.cache_min_tokens), default=0)
     model.prefixes.update(p.digest for p in asked.prefixes)
+    made = len(answer.pieces) + tokens_of_calls(answer.calls)
     return {
         "prompt_tokens": asked.input_tokens,
-        "completion_tokens": len(answer.pieces),
-        "total_tokens": asked.input_tokens + len(answer.pieces),
+        "completion_tokens": made,
+        "total_tokens": asked.input_tokens + made,
         "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }

@@ -14,8 +14,11 @@ from exegete.tools.llm.contract import (
     Status,
     Submission,
     TokenLogprob,
+    ToolCall,
+    ToolResult,
     Usage,
     schema_text,
+    tool_text,
 )
 
 # isort: split
@@ -47,6 +50,8 @@ __all__ = [
     "Status",
     "Submission",
     "TokenLogprob",
+    "ToolCall",
+    "ToolResult",
     "Usage",
     "gives_logprobs",
     "load_prices",
@@ -54,4 +59,5 @@ __all__ = [
     "open_scorer",
     "parse_spec",
     "schema_text",
+    "tool_text",
 ]

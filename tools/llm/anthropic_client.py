@@ -5,6 +5,8 @@
    own validation holds the answer to all of them.
 2. The last block of the shared messages carries `cache_control`, so that the provider keeps what comes before it.
 3. There are no log-probabilities.
+4. Tools go out as they are, with an `input_schema`; calls and results are blocks of their messages (`tool_use`,
+   `tool_result`).
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Any
 import anthropic
 from anthropic.types import Message as Answer
 
-from exegete.tools.llm.contract import Message, Reply, Request, Status, Usage
+from exegete.tools.llm.contract import Message, Reply, Request, Status, ToolCall, Usage
 from exegete.tools.llm.faults import Transient
 from exegete.tools.llm.pacing import Limits
 from exegete.tools.llm.specs import Spec
 from exegete.tools.llm.structured import in_words, schema_value
+from exegete.tools.llm.tool_calls import arguments_object, as_written, told_apart, tool_value
 from exegete.tools.llm.wire import SdkWire
 
 _WAYS = ("output_config", "tool", "words")
@@ -38,24 +41,27 @@ class AnthropicWire(SdkWire):
     def body(self, request: Request, way: str = _WAYS[0], alternatives: int = 0) -> dict[str, Any]:
         """Return the body of a message request."""
         asked = in_words(request) if way == "words" else request
-        turns = [_block(message, number == request.shared) for number, message in enumerate(asked.messages, 1)]
+        turns = [_blocks(message, number == request.shared) for number, message in enumerate(asked.messages, 1)]
         leading = sum(message.role == "system" for message in asked.messages)
         body: dict[str, Any] = {
             "model": self._spec.model,
             "max_tokens": request.max_tokens,
             "messages": [
-                {"role": message.role, "content": [block]}
-                for message, block in zip(asked.messages[leading:], turns[leading:], strict=True)
+                {"role": message.role, "content": blocks}
+                for message, blocks in zip(asked.messages[leading:], turns[leading:], strict=True)
             ],
         }
         if leading:
-            body["system"] = turns[:leading]
+            body["system"] = [block for blocks in turns[:leading] for block in blocks]
         if request.temperature is not None:
             body["temperature"] = request.temperature
         if request.schema is not None and way == "output_config":
             body["output_config"] = {"format": {"type": "json_schema", "schema": _subset(request.schema)}}
         if request.schema is not None and way == "tool":
             body |= _forced_tool(request.schema)
+        if request.tools:
+            body["tools"] = list(map(_tool, request.tools))
+            body["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": not request.parallel_calls}
         return body
 
     def reply_of(self, answer: Answer, schema: str | None = None) -> Reply:
@@ -67,16 +73,32 @@ class AnthropicWire(SdkWire):
         if not isinstance(answer.content, list):
             raise Transient("broken reply: no content in it", sent=True)
         text = "".join(_text(block, schema) for block in answer.content)
-        status, detail = _status(answer, text)
-        return Reply(status, text, model=answer.model or "", usage=_usage(answer), detail=self._scrub(detail))
+        calls = _calls(answer) if schema is None else ()
+        status, detail = _status(answer, bool(text.strip() or calls))
+        model = answer.model or ""
+        return Reply(status, text, model=model, usage=_usage(answer), detail=self._scrub(detail), calls=calls)
 
     def _read(self, answer: Any, request: Request, asked: tuple[bool, bool]) -> Reply:
         return self.reply_of(answer, request.schema)
 
 
-def _block(message: Message, cached: bool) -> dict[str, Any]:
-    block: dict[str, Any] = {"type": "text", "text": message.text}
-    return block | {"cache_control": _CACHED} if cached else block
+def _blocks(message: Message, cached: bool) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = [
+        {"type": "tool_result", "tool_use_id": result.id, "content": result.text, "is_error": result.failed}
+        for result in message.results
+    ]
+    if message.text or not (message.results or message.calls):
+        blocks.append({"type": "text", "text": message.text})
+    blocks += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_object(call)}
+        for call in message.calls
+    ]
+    return [*blocks[:-1], blocks[-1] | {"cache_control": _CACHED}] if cached else blocks
+
+
+def _tool(text: str) -> dict[str, Any]:
+    tool = tool_value(text)
+    return {"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
 
 
 @lru_cache(maxsize=256)
@@ -105,14 +127,19 @@ def _text(block: Any, schema: str | None) -> str:
     return json.dumps(block.input.get("answer") if wrapped else block.input, ensure_ascii=False)
 
 
-def _status(answer: Answer, text: str) -> tuple[Status, str]:
+def _calls(answer: Answer) -> tuple[ToolCall, ...]:
+    used = (block for block in answer.content if block.type == "tool_use")
+    return told_apart(ToolCall(block.id or "", block.name or "", as_written(block.input)) for block in used)
+
+
+def _status(answer: Answer, said: bool) -> tuple[Status, str]:
     reason = answer.stop_reason
     if reason == "refusal":
         details = answer.stop_details
         return "refused", (details.explanation or details.category or "") if details else "the model declined"
     if reason in ("max_tokens", "model_context_window_exceeded"):
         return "truncated", "cut at max_tokens" if reason == "max_tokens" else "the context window is full"
-    return ("ok", "") if text.strip() else ("empty", f"no text; stop_reason {reason}")
+    return ("ok", "") if said else ("empty", f"no text; stop_reason {reason}")
 
 
 def _usage(answer: Answer) -> Usage:

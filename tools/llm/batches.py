@@ -68,10 +68,14 @@ class BatchClient:
         """Return the reply; failures have a status.
 
         Raises:
-            UserError: nothing can come of asking (key, model, quota, budget). From then on every new call raises it.
+            UserError: nothing can come of asking (key, model, quota, budget). From then on every new call raises it. Or the
+                request offers tools.
             ValueError: as `JournaledClient.complete`.
         """
         check_request(request)
+        if request.tools:
+            live = self.name.replace("-batch:", ":", 1)
+            raise UserError(f"{self.name}: batches take no tools, since each answer may be a day away; name it {live}")
         first = await self._once(request)
         if first.status != "unparsed":
             return first

@@ -20,9 +20,31 @@ _as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 Role = Literal["system", "user", "assistant"]
 
 Status = Literal["ok", "unparsed", "refused", "truncated", "filtered", "empty", "rejected", "error", "unknown"]
-"""ok; no valid JSON after one repair; the model declined; cut at `max_tokens`; stopped by a content filter; no text; the
-server does not take this request, however often it is asked (too long, malformed); the provider failed for good (`detail`
-says how); sent, but killed before the reply was written down. Only the last two are ever asked again."""
+"""ok; no valid JSON after one repair; the model declined; cut at `max_tokens`; stopped by a content filter; neither text
+nor calls; the server does not take this request, however often it is asked (too long, malformed); the provider failed for
+good (`detail` says how); sent, but killed before the reply was written down. Only the last two are ever asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model wants used."""
+
+    id: str
+    """As the provider gave it; unique within the message that holds it."""
+    name: str
+    arguments_json: str
+    """As the model wrote it, which may be no JSON at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool returned, for the model that called it."""
+
+    id: str
+    """Of the call, which stands in the assistant's message right before."""
+    text: str
+    failed: bool = False
+    """Whether the text is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +53,19 @@ class Message:
 
     role: Role
     text: str
+    calls: tuple[ToolCall, ...] = ()
+    """Of the assistant, after its text."""
+    results: tuple[ToolResult, ...] = ()
+    """Of the user, before the text: one for each call of the message before."""
+
+    def content(self) -> dict[str, Any]:
+        """Return it as plain values; calls and results only where there are any."""
+        content: dict[str, Any] = {"role": self.role, "text": self.text}
+        if self.calls:
+            content["calls"] = [[call.id, call.name, call.arguments_json] for call in self.calls]
+        if self.results:
+            content["results"] = [[result.id, result.text, result.failed] for result in self.results]
+        return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +86,26 @@ class Request:
     """Of the template that it was rendered from."""
     sample: int = 0
     """Which of several answers to the same question."""
+    tools: tuple[str, ...] = ()
+    """What the model may call: each a `tool_text` of name, description and parameters (a JSON Schema of an object)."""
+    parallel_calls: bool = True
+    """Whether it may call several at a time, where it may call any."""
 
     def id(self, model: str) -> str:
         """Return the content address of this request to `model`: `sha256:…`."""
         content = {
             "logprobs": self.logprobs,
             "max_tokens": self.max_tokens,
-            "messages": [{"role": message.role, "text": message.text} for message in self.messages],
+            "messages": [message.content() for message in self.messages],
             "prompt_digest": self.prompt_digest,
             "sample": self.sample,
             "schema": self.schema,
             "shared": self.shared,
             "temperature": self.temperature,
         }
+        if self.tools:
+            # Only where there are any: the ids of all other requests stay what they are in existing stores.
+            content |= {"tools": self.tools, "parallel_calls": self.parallel_calls}
         return digest(model, _as_json(content))
 
 
@@ -121,6 +163,8 @@ class Reply:
     """Beside `usd`, what that answer had cost."""
     detail: str = ""
     """What the provider said, where `status` is not "ok"."""
+    calls: tuple[ToolCall, ...] = ()
+    """Tools that the model wants used. Where `status` is not "ok", the last may be cut off: use none of them."""
 
 
 class Client(Protocol):
@@ -247,3 +291,8 @@ class MemoryJournal:
 def schema_text(schema: Mapping[str, Any]) -> str:
     """Return a JSON Schema as the canonical text that `Request.schema` takes."""
     return json.dumps(schema, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def tool_text(name: str, description: str, parameters: Mapping[str, Any]) -> str:
+    """Return a tool as the canonical text that `Request.tools` takes; `parameters` is a JSON Schema of an object."""
+    return schema_text({"name": name, "description": description, "parameters": parameters})

@@ -28,6 +28,7 @@ from exegete.tools.llm.pacing import Allowance, Limits, Pacer, Slot
 from exegete.tools.llm.prices import Price, most_input_tokens, most_tokens
 from exegete.tools.llm.retrying import persist
 from exegete.tools.llm.structured import repair_request, schema_value, validated
+from exegete.tools.llm.tool_calls import check_tools
 from exegete.tools.llm.wire import Abilities, Wire
 
 UNANSWERED = ("error", "unknown")
@@ -74,11 +75,16 @@ class JournaledClient:
         """Return the reply; failures have a status.
 
         Raises:
-            UserError: nothing can come of asking (key, model, quota, budget). From then on every new call raises it.
-            ValueError: the messages are no conversation (none, a system message late, or not the user's at the end), or the
-                schema is none.
+            UserError: nothing can come of asking (key, model, quota, budget). From then on every new call raises it. Or the
+                request offers tools, and this kind of model takes none.
+            ValueError: the messages are no conversation (none, a system message late, not the user's at the end, or tool
+                calls without results), or the schema is none.
         """
         check_request(request)
+        if request.tools and not getattr(self._wire, "takes_tools", True):
+            raise UserError(
+                f"{self.name}: takes no tools; serve the model (vLLM, Ollama, llama.cpp) as openai:MODEL@URL"
+            )
         first = await self._once(request)
         if first.status != "unparsed":
             return first
@@ -229,7 +235,7 @@ def tokens_taken(usage: Usage, worst_tokens: int) -> int:
 
 
 def check_request(request: Request) -> None:
-    """Raise ValueError where the messages are no conversation, a limit is none, or the schema is none."""
+    """Raise ValueError where the messages are no conversation, a limit is none, or schema or tools are none."""
     roles = [message.role for message in request.messages]
     if not roles or roles[-1] != "user" or "system" in roles[roles.index("user") :]:
         raise ValueError(f"messages by {roles}: expected system messages first and the user's last")
@@ -237,6 +243,8 @@ def check_request(request: Request) -> None:
         raise ValueError(f"max_tokens={request.max_tokens}, shared={request.shared} of {len(roles)} messages")
     if request.schema is not None:
         schema_value(request.schema)
+    if request.tools or any(message.calls or message.results for message in request.messages):
+        check_tools(request)
 
 
 def again_validated(reply: Reply, schema: str | None) -> Reply:

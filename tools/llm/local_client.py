@@ -38,6 +38,8 @@ Result = TypeVar("Result")
 class LocalModel:
     """A causal model in this process. One thread runs it; calls queue for that thread."""
 
+    takes_tools = False
+
     def __init__(
         self, path: str, *, device: str = "cpu", dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     ) -> None:

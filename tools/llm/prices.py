@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exegete.tools.errors import UserError, nearest
-from exegete.tools.llm.contract import Request, Usage
+from exegete.tools.llm.contract import Message, Request, Usage
 from exegete.tools.llm.specs import Spec
 
 _TOKENS_PER_MESSAGE = 16
@@ -70,9 +71,18 @@ FREE = Price(input=0.0, output=0.0)
 
 def most_input_tokens(request: Request) -> int:
     """Return the number of input tokens that `request` can have at most, whatever the tokenizer."""
-    size = sum(len(message.text.encode("utf-8", "replace")) for message in request.messages)
+    size = sum(map(_size, request.messages)) + sum(len(tool.encode()) + _TOKENS_PER_MESSAGE for tool in request.tools)
     # A schema can be sent natively and in words.
-    return size + 2 * len((request.schema or "").encode()) + _TOKENS_PER_MESSAGE * len(request.messages) + _TOKENS_ADDED
+    return size + 2 * len((request.schema or "").encode()) + _TOKENS_ADDED
+
+
+def _size(message: Message) -> int:
+    parts = [message.text]
+    # Arguments that are no JSON are sent inside a JSON text, where a character can take six.
+    parts += [part for call in message.calls for part in (call.id, call.name, json.dumps(call.arguments_json))]
+    parts += [part for result in message.results for part in (result.id, result.text)]
+    turns = 1 + len(message.calls) + len(message.results)
+    return sum(len(part.encode("utf-8", "replace")) for part in parts) + _TOKENS_PER_MESSAGE * turns
 
 
 def most_tokens(request: Request) -> int:

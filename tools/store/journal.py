@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exegete.tools.errors import UserError
-from exegete.tools.llm.contract import Reply, Submission, TokenLogprob, Usage
+from exegete.tools.llm.contract import Reply, Submission, TokenLogprob, ToolCall, Usage
 from exegete.tools.store.journal_file import Answer, Entry, Intent, JournalFile, Landed, Submitted, Submitting
 
 LINGER_S = 0.01
@@ -256,6 +256,8 @@ def packed(reply: Reply) -> bytes:
         "usage": [usage.input_tokens, usage.cached_input_tokens, usage.cache_write_tokens, usage.output_tokens],
         "logprobs": reply.logprobs and [[one.token, one.logprob, one.top] for one in reply.logprobs],
     }
+    if reply.calls:
+        fields["calls"] = [[call.id, call.name, call.arguments_json] for call in reply.calls]
     content = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return zlib.compress(content, 1) if len(content) > _LARGE_BYTES else content
 
@@ -271,6 +273,7 @@ def unpacked(content: bytes) -> Reply:
         logprobs=None
         if logprobs is None
         else tuple(TokenLogprob(token, logprob, tuple((t, p) for t, p in top)) for token, logprob, top in logprobs),
+        calls=tuple(ToolCall(*call) for call in fields.get("calls", ())),
     )
 
 
