@@ -236,7 +236,7 @@ class Decision:
     """The answer in words, where `done`."""
     done: bool = False
     said: Sequence[Mapping[str, Any]] = ()
-    """What it keeps for itself, for example messages of a conversation: returned to it in `View.said`."""
+    """What it keeps for itself, for example messages of a conversation, beside what it kept before: `View.said` has all of it."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,7 @@ class View:
     new: int
     """How many of the last results it has not seen."""
     said: tuple[Mapping[str, Any], ...]
+    """What it kept in all decisions so far, one after the other."""
     steps_left: int
     notes: tuple[str, ...] = ()
     """What the person who watches says (`--interactive`), not seen so far."""
