@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +32,17 @@ class Continuation:
     """Natural logarithms of each token's probability under the model that wrote it, at temperature 1."""
     ended: bool
     """Whether it wrote the end token."""
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A live model that continues trials in a way of its own, as one does that shares its batches with others."""
+
+    def continued(
+        self, trials: Sequence[Trial], tokens: int, *, temperature: float, seed: int, cache: bool
+    ) -> list[Continuation]:
+        """Return what `generate` returns."""
+        ...
 
 
 def generate(
@@ -57,6 +69,8 @@ def generate(
         UserError: as `LiveModel.run`; or a prompt leaves no room, or `tokens` or `temperature` is out of range; or
             an intervention is more than the subject's number format can hold.
     """
+    if isinstance(model, Continues):
+        return model.continued(trials, tokens, temperature=temperature, seed=seed, cache=cache)
     check_generation(model, trials, tokens, temperature)
     room = model.subject.max_context
     results: dict[int, Continuation] = {}
