@@ -16,6 +16,7 @@ from planted_store import tables
 
 from exegete import connect
 from exegete.tools.store import Store
+from exegete.tools.store.parts import SUPERSEDED
 
 HELD_S = 1.5
 """Seconds for which a snapshot is held open."""
@@ -37,7 +38,8 @@ def strangers(store: Path) -> list[str]:
     with duckdb.connect(str(store / "run.duckdb"), read_only=True) as connection:
         for kind in ("verdict", "call"):
             known = {part for (part,) in connection.execute(f"SELECT part FROM data.{kind}_parts").fetchall()}
-            there = {path.name for path in (store / f"{kind}s").iterdir()}
+            replaced = {path.name for path in (store / f"{kind}s" / SUPERSEDED).glob("*")}
+            there = {path.name for path in (store / f"{kind}s").iterdir() if path.is_file()} - (replaced - known)
             found += [f"{kind}s/{name}" for name in known ^ there]
     return found
 

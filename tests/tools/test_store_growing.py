@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import exegete
 from exegete.tools.errors import UserError
 from exegete.tools.explainers import Explanation
 from exegete.tools.store import LatentRecord, Store, Writer, compaction, publishing
-from exegete.tools.store.parts import write_part
+from exegete.tools.store.parts import SUPERSEDED, write_part
 from exegete.tools.store.publisher import Publisher
 
 VIEWS = ("latents", "explanations", "scores", "best_explanations", "verdicts", "climbs", "runs", "calls", "costs")
@@ -211,6 +212,10 @@ def parts_of(store: Store) -> list[tuple[str, int]]:
         return connection.execute("SELECT part, rows FROM data.verdict_parts ORDER BY rowid").fetchall()
 
 
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
 def write_many(writer: Writer, latents: Sequence[int]) -> str:
     run = begin(writer)
     for latent in latents:
@@ -241,20 +246,38 @@ def test_small_parts_are_merged_and_nothing_is_lost(tmp_path: Path) -> None:
         write_many(writer, range(2 * compaction.FAN + 3)[::-1])
         before = {part for (part,) in writer._connection.execute("SELECT part FROM data.verdict_parts").fetchall()}
         writer.publish()
-        former = exegete.connect(tmp_path)
     parts = parts_of(store)
     assert sorted(rows for _, rows in parts) == [2, 2, 2, 32, 32]
-    # Readers of a former snapshot may have the old parts open, so they are there until the store is opened for writing again.
-    assert {path.name for path in (tmp_path / "verdicts").iterdir()} == before | {part for part, _ in parts}
+    standing = {part for part, _ in parts}
+    assert files(tmp_path / "verdicts") == before | standing
     verdicts = seen(store)["verdicts"]
     assert [row[1] for row in verdicts] == [latent for latent in range(35) for _ in range(2)]
-    assert former.execute("SELECT count(*) FROM verdicts").fetchall() == [(70,)]
-    former.close()
     [merged, *_] = [part for part, rows in parts if rows == 32]
     latents = duckdb.read_parquet(str(tmp_path / "verdicts" / merged)).project("latent").fetchall()
     assert latents == sorted(latents)
+
+
+def test_readers_of_a_former_snapshot_keep_its_parts_for_a_day(tmp_path: Path) -> None:
+    store = Store.create_or_open(tmp_path)
+    with store.writer() as writer:
+        run = write_many(writer, range(compaction.FAN - 1))
+        writer.publish()
+    with exegete.connect(tmp_path) as former:
+        with store.writer() as writer:
+            writer.record(run, [record(compaction.FAN)])
+            writer.publish()
+        standing = {part for part, _ in parts_of(store)}
+        assert len(standing) == 1
+        with store.writer() as writer:
+            writer.publish()
+        assert former.execute("SELECT count(*), count(DISTINCT latent) FROM verdicts").fetchall() == [(30, 15)]
+    noted = list((tmp_path / "verdicts" / SUPERSEDED).iterdir())
+    assert {note.name for note in noted} | standing == files(tmp_path / "verdicts") and len(noted) == compaction.FAN
+    for note in noted:
+        os.utime(note, (0, 0))
     with store.writer():
-        assert {path.name for path in (tmp_path / "verdicts").iterdir()} == {part for part, _ in parts}
+        assert files(tmp_path / "verdicts") == standing
+    assert not list((tmp_path / "verdicts" / SUPERSEDED).iterdir())
 
 
 def test_a_merge_of_parts_that_were_replaced_meanwhile_is_dropped(

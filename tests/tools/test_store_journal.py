@@ -273,7 +273,7 @@ def test_a_store_from_before_calls_had_parts(tmp_path: Path) -> None:
     (tmp_path / "calls").rmdir()
     old = """
         DROP TABLE data.call_parts; DROP TABLE data.open_calls; DROP TABLE data.settings;
-        DROP TABLE data.embedding_parts; DROP TABLE data.climbs; ALTER TABLE data.results DROP explanation_id;
+        DROP TABLE data.embedding_parts; DROP TABLE data.climbs; DROP TABLE data.claims; ALTER TABLE data.results DROP explanation_id;
         DELETE FROM main.migrations WHERE version >= 4;
         CREATE TABLE data.calls (call_id VARCHAR, run VARCHAR, usd DOUBLE);
     """

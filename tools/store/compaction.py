@@ -7,8 +7,8 @@ takes a second before it reads a row.
    after the other are merged, so that a row is rewritten a few times; parts of `LARGE_ROWS` or more are left alone.
 2. The rows are written sorted by latent, in row groups small enough that a query for one latent reads one of them.
 3. One transaction takes the merged parts from the register and puts the new one there, if all of them still stand there. Until
-   then a crash leaves a file that nobody knows, which goes when the store is next opened for writing, as do the old parts:
-   readers of the published snapshot may have them open.
+   then a crash leaves a file that nobody knows, which goes when the store is next opened for writing. So do the old parts, but
+   not within a day: readers of a former snapshot may go on with them.
 
 Only that transaction holds the writer's lock. A part that cannot be read is left where it is, with its level.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import duckdb
 
-from exegete.tools.store.parts import sync_file, sync_folder
+from exegete.tools.store.parts import supersede, sync_file, sync_folder
 from exegete.tools.store.schema import MEMORY, QUIET
 
 FAN = 16
@@ -109,6 +109,7 @@ def _merge(
     sync_file(temporary)
     temporary.rename(folder / merged)
     sync_folder(folder)
+    supersede(folder, names)
     with lock:
         return _swap(connection, kind, names, merged, sum(part.rows for part in parts))
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from exegete.tools.store.parts import write_part
+from exegete.tools.store.parts import supersede, write_part
 
 if TYPE_CHECKING:
     import duckdb
@@ -85,6 +85,7 @@ def superseded_parts(connection: duckdb.DuckDBPyConnection, folder: Path, forgot
         given: dict[str, Any] = {"part": str(folder / name), **forgotten.key}
         rows: pa.Table = connection.sql(query, params=given).to_arrow_table()
         replaced[name] = (write_part(folder, rows), rows.num_rows) if rows.num_rows else None
+    supersede(folder, replaced)
     return replaced
 
 

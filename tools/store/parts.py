@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+SUPERSEDED = ".superseded"
+"""Folder beside the parts, with an empty file named like each that was replaced."""
+KEPT_S = 86_400.0
 
 
 def write_part(folder: Path, rows: pa.Table, options: Mapping[str, Any] | None = None) -> str:
@@ -43,11 +48,27 @@ def write_part(folder: Path, rows: pa.Table, options: Mapping[str, Any] | None =
 
 
 def remove_orphans(folder: Path, registered: Collection[str]) -> int:
-    """Remove every file in `folder` that no transaction registered; return how many there were."""
-    orphans = [path for path in folder.iterdir() if path.name not in registered]
+    """Remove every file in `folder` that no transaction registered; return how many there were.
+
+    Those that `supersede` has noted stay for a day.
+    """
+    kept = set(registered)
+    for note in (folder / SUPERSEDED).glob("*"):
+        if time.time() - note.stat().st_mtime < KEPT_S:
+            kept.add(note.name)
+        else:
+            note.unlink()
+    orphans = [path for path in folder.iterdir() if path.is_file() and path.name not in kept]
     for path in orphans:
         path.unlink()
     return len(orphans)
+
+
+def supersede(folder: Path, names: Iterable[str]) -> None:
+    """Note that the parts were replaced just now: who opened a former snapshot may go on reading them for a day."""
+    (folder / SUPERSEDED).mkdir(exist_ok=True)
+    for name in names:
+        (folder / SUPERSEDED / name).touch()
 
 
 def require_one_file(database: Path) -> None:
