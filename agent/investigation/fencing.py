@@ -22,6 +22,16 @@ def fenced(tag: str, text: str, number: int | None = None) -> str:
     return _between(tag, line(text), number)
 
 
+def fenced_text(tag: str, text: str, number: int | None = None) -> str:
+    """Return untrusted text between tags with its white space kept, line breaks as ⏎; `as_meant` makes them line breaks again."""
+    return _between(tag, window_line([text]), number)
+
+
+def as_meant(text: str) -> str:
+    """Return a text that a model wrote after one that it was shown: where it wrote ⏎ it means a line break."""
+    return text.replace("⏎", "\n")
+
+
 def fenced_window(tokens: Sequence[str], marks: Collection[int] = (), number: int | None = None) -> str:
     """Return tokens between the tags of a window, runs of marked ones inside `<<` `>>`, white space kept."""
     return _between("window", window_line(tokens, marks), number)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, get_args
 from exegete.agent.findings import plain
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Call, Headline, Kind, Outcome, Prediction, Result
-from exegete.agent.investigation.fencing import cut, fenced
+from exegete.agent.investigation.fencing import cut, fenced, fenced_text
 from exegete.agent.investigation.schemas import Format, Schema, arguments_schema, as_written, described, fitting
 from exegete.tools.errors import ExegeteError, SealedSplitError, ToolError, nearest
 
@@ -38,7 +38,7 @@ PREDICTION: dict[str, Schema] = {
 
 _REST = "ask for less at a time (fewer latents, texts or rows, or an offset)"
 _REST_OF_EXPERIMENT = "the rest is kept with the experiment: recall it by its id"
-_BUILT_IN = ("notes",)
+_BUILT_IN = ("lookups", "looking", "labeling", "notes")
 """Modules of this package whose tools are always there."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -238,6 +238,6 @@ def _recalling(find: Callable[[str], Outcome | None], most: int) -> Tool:
         end = offset + most // 2
         head = "" if offset else f"{found.text}\n"
         more = f"\n[{len(whole) - end:,} characters more: offset = {end}]" if end < len(whole) else ""
-        return replace(found, text=f"{head}{fenced('figures', whole[offset:end])}{more}")
+        return replace(found, text=f"{head}{fenced_text('figures', whole[offset:end])}{more}")
 
     return make_tool("lookup", recall)
