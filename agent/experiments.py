@@ -273,11 +273,11 @@ def _ablation(live: Live, request: Request, mode: str) -> Callable[[Sequence[int
     if mode == "resample":
         ablation = Ablation(request.positions, texts=texts, seed=request.seed)
     if mode == "mean":
-        ablation = Ablation(request.positions, means=_means(live, texts).tolist())
+        ablation = Ablation(request.positions, means=mean_activations(live, texts).tolist())
     return lambda latents, prompt: ablation.of(live.dictionary, latents, prompt)
 
 
-def _means(live: Live, texts: Sequence[Tokens]) -> NDArray[np.float64]:
+def mean_activations(live: Live, texts: Sequence[Tokens]) -> NDArray[np.float64]:
     """Return the mean activation of every latent over the texts' tokens, special ones left out."""
     from exegete.tools.text_activations import pooled
 

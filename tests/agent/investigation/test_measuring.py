@@ -31,8 +31,8 @@ def measurable(bench: Bench, metric: Metric = ODDS, count: int = 4, **options: A
 
 def logits(bench: Bench, text: str) -> np.ndarray:
     model = bench.live.model
-    (found,) = model.run([Trial(model.tokens(text))], lambda reading: list(reading.logits.double().cpu().numpy()))
-    return found
+    (found,) = model.run([Trial(model.tokens(text))], lambda reading: reading.logits.double().cpu().tolist())
+    return np.array(found)
 
 
 def test_the_three_kinds_of_number_are_those_of_the_logits(bench: Bench) -> None:
