@@ -165,6 +165,10 @@ class Canvas:
             closed = [(points[0][0], self.y.low), *points, (points[-1][0], self.y.low)]
             self._add('<path class="area s-{}" d="{}Z"/>', style, self._path(closed))
 
+    def band(self, low: Sequence[Point], high: Sequence[Point], style: str) -> None:
+        """Fill between two lines, both ascending in x."""
+        self._add('<path class="area s-{}" d="{}Z"/>', style, self._path([*low, *reversed(high)]))
+
     def vertical(self, at: float, style: str) -> None:
         """Draw a vertical line over the whole height."""
         self.line([(at, self.y.low), (at, self.y.high)], style)
