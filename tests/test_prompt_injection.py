@@ -16,6 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exegete.agent.investigation import model
+from exegete.agent.investigation.contract import Call, Case, Metric, Outcome, Question, Result, View
+from exegete.agent.investigation.conversation import Asked, Turn
 from exegete.evaluators import intervention, model_judge, output, written
 from exegete.evaluators.contract import Item
 from exegete.evaluators.effect_passages import Passage
@@ -85,6 +88,15 @@ def said(text: str) -> Explanation:
     return Explanation(text, text, explainer="model")
 
 
+def investigated(text: str) -> View:
+    """A view in which everything that may be said is, and that of the third reply."""
+    case = Case(text, text, text, text)
+    question = Question(text, (case, case), Metric("judged", text, text, text), suggested=text)
+    said = Turn("", "I look.", (Asked("a", "lens", "{}", run="1.1"),)).kept()
+    result = Result(Call("1.1", "ablate", {}), "ok", Outcome("It fell."), "E1", True)
+    return View(question, question.metric or Metric("log_odds"), (), (result,), 1, (said,), 3, (text, text))
+
+
 PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     "combined": lambda t: render("combined", windows=shown([window(t)]), effects=effects(t)).messages,
     "contrastive": lambda t: render("contrastive", windows=shown([window(t)]), silent=[window_line(tokens(t))]).messages,
@@ -95,6 +107,9 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     "judge_criterion": lambda t: render(
         "judge_criterion", criterion=line(t), beginning=window_line(tokens(t)), continuation=window_line(tokens(t))
     ).messages,
+    "investigate": lambda t: model.beginning(investigated(t)),
+    "investigate_frame": lambda t: model.framing(investigated(t).question).messages,
+    "investigate_results": lambda t: [Message("user", model.told_now(investigated(t), [Turn.of(investigated(t).said[0])]))],
     "merge_senses": lambda t: render("merge_senses", hypotheses=[Hypothesis(3, said(t)), Hypothesis(2, said(t))]).messages,
     "one_shot": lambda t: render("one_shot", windows=shown([window(t), window(t)])).messages,
     "output": lambda t: render("output", effects=effects(t)).messages,
