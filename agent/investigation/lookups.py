@@ -1,6 +1,6 @@
 """Looking up what is known: SQL over the store, its views, a search over its explanations, and the search prompts.
 
-Queries are bounded in time, rows and memory (`exegete.tools.store.sandbox`) and read the published snapshot alone, without
+Queries are bounded in time, rows and memory (`exegete.tools.store.apart`) and read the published snapshot alone, without
 the windows of the test split. Whatever a corpus or a language model wrote is fenced.
 """
 
@@ -21,7 +21,8 @@ from exegete.agent.investigation.fencing import fenced, fenced_text, quoted
 from exegete.agent.investigation.toolbelt import tool
 from exegete.tools.errors import ToolError, nearest
 from exegete.tools.prompting import line
-from exegete.tools.store import connect, safe_query
+from exegete.tools.store import connect
+from exegete.tools.store.apart import query_apart
 
 if TYPE_CHECKING:
     from exegete.agent.investigation.contract import Case
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 QUERY_SECONDS = 10.0
 ROWS = 200
 WIDEST = 160
-"""Characters of a cell in the text; the facts have `CELL`."""
-CELL = 10_000
+"""Characters of a cell in the text; the facts have more."""
 MOST_HITS = 50
 MOST_PROMPTS = 50
 
@@ -47,11 +47,11 @@ def sql(bench: Bench, query: str) -> Outcome:
     Args:
         query: for example SELECT latent, text, detection, detection_shuffled FROM best_explanations ORDER BY detection DESC LIMIT 20
     """
-    found = safe_query(_store(bench), query, time_limit_s=QUERY_SECONDS, row_limit=ROWS)
-    rows = [[_cell(value) for value in row] for row in found.rows]
+    found = query_apart(_store(bench), query, time_limit_s=QUERY_SECONDS, row_limit=ROWS)
+    rows = found.rows
     more = f", of more than {ROWS}: add a LIMIT and OFFSET, or aggregate" if found.truncated else ""
     head = f"{len(rows)} row{'' if len(rows) == 1 else 's'}{more}"
-    facts = {"query": query, "columns": list(found.columns), "rows": rows, "truncated": found.truncated}
+    facts = {"query": query, "columns": found.columns, "rows": rows, "truncated": found.truncated}
     return Outcome("\n".join([head, *_fenced_rows(found.columns, rows)]), None, facts)
 
 
@@ -174,18 +174,6 @@ def _reading(bench: Bench) -> Iterator[duckdb.DuckDBPyConnection]:
 def _within(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ToolError(f"{name} is {value}; give {low} to {high:,}")
-
-
-def _cell(value: Any) -> Any:
-    """A value of a row as JSON has it: numbers, texts (not without end), lists, and what else there is as text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, list | tuple):
-        return [_cell(one) for one in value[:CELL]]
-    if isinstance(value, dict):
-        return {str(key): _cell(one) for key, one in value.items()}
-    text = str(value)
-    return text if len(text) <= CELL else f"{text[:CELL]}…"
 
 
 def _fenced_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -159,9 +159,7 @@ def _default(parameter: inspect.Parameter) -> Schema:
 
 def _check_size(tool: str, given: Mapping[str, Any]) -> None:
     if broken := [name for name, value in given.items() if not _ordinary(value)]:
-        raise ToolError(
-            f"{tool}: {broken[0]!r} holds NaN, infinity or a number beyond all bounds; give ordinary numbers"
-        )
+        raise ToolError(f"{tool}: {broken[0]!r} holds NaN, infinity, a number beyond all bounds or half a character")
     length = len(json.dumps(given, default=str))
     if length > MOST_CHARACTERS:
         raise ToolError(
@@ -171,7 +169,9 @@ def _check_size(tool: str, given: Mapping[str, Any]) -> None:
 
 
 def _ordinary(value: Any) -> bool:
-    """Return whether numbers are finite, and whole ones exact wherever they may be taken to."""
+    """Return whether numbers are finite, and whole ones exact wherever they are taken to; and texts have a UTF-8."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, int):

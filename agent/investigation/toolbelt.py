@@ -38,7 +38,7 @@ PREDICTION: dict[str, Schema] = {
 
 _REST = "ask for less at a time (fewer latents, texts or rows, or an offset)"
 _REST_OF_EXPERIMENT = "the rest is kept with the experiment: recall it by its id"
-_BUILT_IN = ("lookups", "looking", "labeling", "notes")
+_BUILT_IN = ("lookups", "looking", "labeling", "notes", "experiments")
 """Modules of this package whose tools are always there."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -134,6 +134,8 @@ class Toolbelt:
     def checked(self, call: Call) -> tuple[Tool, dict[str, Any], Prediction | None]:
         """Return the tool of a call, its arguments without the prediction, and the prediction of an experiment.
 
+        Arguments that were left out have their defaults, so that what means the same is the same.
+
         Raises:
             ToolError: there is no such tool, an argument is wrong or missing, or so is the prediction (`Refused`).
         """
@@ -145,7 +147,7 @@ class Toolbelt:
         arguments: Any = call.arguments
         if chosen.kind == "experiment" and isinstance(arguments, Mapping):
             prediction = _prediction(chosen.name, arguments)
-        fit = fitting(chosen.name, arguments, chosen.parameters)
+        fit = _defaults(chosen.parameters) | fitting(chosen.name, arguments, chosen.parameters)
         return chosen, {name: value for name, value in fit.items() if not _of_prediction(chosen, name)}, prediction
 
     def run(self, call: Call) -> Result:
@@ -198,6 +200,11 @@ def _prediction(name: str, arguments: Mapping[str, Any]) -> Prediction:
     if prediction.low is not None and prediction.high is not None and prediction.low > prediction.high:
         raise Refused(f"{name}: the prediction has low = {prediction.low:g} above high = {prediction.high:g}")
     return prediction
+
+
+def _defaults(parameters: Schema) -> dict[str, Any]:
+    properties: dict[str, Schema] = parameters["properties"]
+    return {name: one["default"] for name, one in properties.items() if "default" in one}
 
 
 def _of_prediction(chosen: Tool, name: str) -> bool:

@@ -4,6 +4,8 @@
 2. `examples` stands without the windows of the `test` split, which no agent may see (PROTOCOLS §1).
 3. DuckDB itself is locked to the store's folders of evidence, verdicts, calls and embeddings, a memory limit and no disk to spill to.
 4. A timer interrupts it, and only so many rows are fetched.
+
+DuckDB looks at timer and memory between its steps, not inside a function that makes one long text: `apart` bounds that too.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ def safe_query(
         raise ToolError(f"the query needs more than {memory_limit} of memory; ask for less") from error
     except duckdb.Error as error:
         raise ToolError(f"the query is wrong: {error}") from error
+    except RecursionError as error:
+        raise ToolError("the query has too many expressions inside one another; write it flatter") from error
     finally:
         timer.cancel()
         connection.close()

@@ -72,6 +72,7 @@ def test_sql_gives_json_whatever_a_cell_is(labeled_bench: Bench) -> None:
         ("SELECT 1; SELECT 2", "one SELECT at a time"),
         ("", "one SELECT at a time"),
         ("SELECT CAST(text AS INTEGER) FROM best_explanations", "the query is wrong"),
+        ("SELECT " + "[" * 500 + "1" + "]" * 500, "write it flatter"),
     ],
 )
 def test_sql_that_may_not_be_is_refused_in_words(labeled_bench: Bench, query: str, words: str) -> None:
@@ -89,7 +90,7 @@ def test_a_billion_rows_end_at_the_time_limit(labeled_bench: Bench, monkeypatch:
         query="SELECT count(*) FROM range(100000) a, range(10000000) b WHERE a.range % 7 = b.range % 5",
     )
     assert found.status == "error" and "ran longer than 0.5 s; ask for less" in found.outcome.text
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_sql_says_that_there_are_more_rows(labeled_bench: Bench) -> None:

@@ -74,7 +74,7 @@ def test_a_prediction_is_taken_out_of_the_arguments() -> None:
     assert (chosen.name, arguments) == ("shake", {"latents": [1, 2]})
     assert prediction == Prediction("H1", "so it seems", 1.0, 4.0)
     assert belt().run(call("shake", latents=[1, 2], **PREDICTED)).outcome.text == "shook [1, 2]"
-    assert belt().checked(call("look", number=1))[2] is None
+    assert belt().checked(call("look", number=1))[1:] == ({"number": 1, "long": False}, None)
 
 
 @pytest.mark.parametrize(
