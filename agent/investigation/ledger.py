@@ -254,12 +254,18 @@ class Ledger:
         with self._file.writing():
             self._file.change(f"DELETE FROM facts WHERE name IN ({', '.join('?' * len(_ENDING))})", *_ENDING)
             self._file.set("round", self.round + 1)
+            self._file.set("reopened", self.steps)
         return self.round
 
     @property
     def round(self) -> int:
         """How often it has been opened again."""
         return self._file.fact("round", int) or 0
+
+    @property
+    def reopened(self) -> int:
+        """After how many decisions it was last opened again; 0 where it never was."""
+        return self._file.fact("reopened", int) or 0
 
     def spent(self) -> Spent:
         """Return what has been used; of language models, what was written down at the end."""

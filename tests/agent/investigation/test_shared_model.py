@@ -21,7 +21,7 @@ from exegete.tools.errors import UserError
 from exegete.tools.generation import generate
 from exegete.tools.interventions import Tokens, ablate, patch
 from exegete.tools.live_model import LiveModel, Reading, Trial
-from exegete.tools.metrics import LogitDifference
+from exegete.tools.metrics import LogitDifference, numbered
 from exegete.tools.subject import Subject
 
 
@@ -60,7 +60,7 @@ def test_it_runs_what_a_live_model_runs_and_counts_it(live: Live, sharing: Shari
 
 def test_gradients_run_on_the_model_itself_and_are_counted(live: Live, sharing: Sharing, prompts: list[Tokens]) -> None:
     metric = LogitDifference([live.token(" DESC")] * 6, [live.token(" ASC")] * 6)
-    trials = [Trial(prompt) for prompt in prompts[:6]]
+    trials = numbered(live.model, prompts[:6], metric)
     groups = torch.zeros(live.dictionary.latents, dtype=torch.long, device=live.model.subject.device)
     with counting() as count:
         found = attributed(sharing.live().model, live.dictionary, trials, metric, 0, groups, "last")
