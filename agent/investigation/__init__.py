@@ -8,6 +8,7 @@ lookups        tools that look something up; experiments: tools that change the 
 ledger         what was predicted, done and found, durable (SQLite)
 graph          frame → approve → think → predict → experiment → update → … → verify → report
 verifying      claims checked by code on held-out prompts
-recipe         the investigator without a language model; model: the one with
+recipe         the investigator without a language model
+model          the one with: conversation is what it is told, note_taking what its calls come to
 reporting      the report, in Markdown and HTML
 """

@@ -236,7 +236,7 @@ class Decision:
     """The answer in words, where `done`."""
     done: bool = False
     said: Sequence[Mapping[str, Any]] = ()
-    """What it keeps for itself, for example messages of a conversation, beside what it kept before: `View.said` has all of it."""
+    """What it keeps for itself, for example a conversation: returned to it in `View.said`, until the next decision's."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class View:
     new: int
     """How many of the last results it has not seen."""
     said: tuple[Mapping[str, Any], ...]
-    """What it kept in all decisions so far, one after the other."""
+    """What it kept in its last decision."""
     steps_left: int
     notes: tuple[str, ...] = ()
     """What the person who watches says (`--interactive`), not seen so far."""

@@ -2,7 +2,7 @@
 
 1. A `Turn` is a reply of the model's and what it was told right before. Each of its calls is either run as a tool, under
    an id of ours (`2.1` is the first call of the second reply; providers repeat theirs), or answered at once: a note, a call
-   that cannot be read. `Turn.kept` is what `Decision.said` keeps, as JSON.
+   that cannot be read. `Turn.kept` is what `Decision.said` keeps of it.
 2. `conversation` puts it together: system prompt and question, then for each turn the reply with its calls, then their
    results and what the model was told next. Results come from the view, so they are kept once.
 3. Once the turns have more than `most` characters, the oldest are shortened – results and words to their beginning, long
@@ -93,7 +93,8 @@ def conversation(
 def _exchange(turn: Turn, after: str, results: Mapping[str, Result]) -> tuple[Message, Message]:
     """Return a reply, and the message that answers it."""
     calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in turn.calls)
-    said = turn.said if turn.said.strip() or calls else SILENCE
+    # Nor one of blanks.
+    said = turn.said if turn.said.strip() else "" if calls else SILENCE
     answers = tuple(_answer(call, results.get(call.run)) for call in turn.calls)
     return Message("assistant", said, calls), Message("user", after, results=answers)
 
@@ -104,7 +105,7 @@ def _answer(call: Asked, result: Result | None) -> ToolResult:
     if result is None:
         return ToolResult(call.id, _NOT_RUN, failed=True)
     text = f"[{result.experiment}]\n{result.outcome.text}" if result.experiment else result.outcome.text
-    return ToolResult(call.id, sendable(text) or SILENCE, failed=result.status != "ok")
+    return ToolResult(call.id, sendable(text).strip() or SILENCE, failed=result.status != "ok")
 
 
 def _shortened(reply: Message, answer: Message) -> tuple[Message, Message]:

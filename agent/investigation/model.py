@@ -4,11 +4,13 @@
 2. `decide` is one request: system prompt and question, the conversation so far (`conversation`), the results that the model
    has not seen as tool results, and how much is left. The tools it may call are given as schemas.
 3. Its calls are sorted (`note_taking`): notes become parts of the decision, other calls are run, several at a time.
-4. A reply that calls nothing, or that was cut off, is answered with a reminder; after three in a row the investigation ends
+4. Where the conversation is too long for the model, it is asked once more with all that is old shortened.
+5. A reply that calls nothing, or that was cut off, is answered with a reminder; after three in a row the investigation ends
    with what was claimed. A reply that failed (refused, filtered, an error) ends it at once. The answer then says so.
 
 The held-out prompts are not in the view, so they are in no request. All that is kept between two decisions is in
-`Decision.said`, so an investigation that is resumed sends the same requests, which a journal answers without asking again.
+`Decision.said`: the conversation without the results, which the view has. So an investigation that is resumed sends the same
+requests, which a journal answers without asking again.
 """
 
 from __future__ import annotations
@@ -110,11 +112,11 @@ class ModelInvestigator:
         """
         turns = [Turn.of(kept) for kept in view.said]
         told = told_now(view, turns)
-        reply = await self._client.complete(self._request(view, turns, told))
+        reply = await self._answered(view, turns, told)
         claims = claims_of((call for turn in turns for call in turn.calls), self._schemas)
         if reply.status not in ("ok", "empty", "truncated"):
             answer = f"[The investigation ended early: the model's reply failed: {_why(reply)}]"
-            return Decision(claims=tuple(claims), answer=answer, done=True)
+            return Decision(claims=tuple(claims), answer=answer, done=True, said=view.said)
         experiments = frozenset(result.experiment for result in view.results if result.experiment)
         known = {one.id: one for one in view.hypotheses}
         book = Notebook(len(turns) + 1, self._schemas, known, experiments, claims)
@@ -128,12 +130,19 @@ class ModelInvestigator:
             claims=tuple(book.claims),
             answer=book.answer or (_given_up(said) if gave_up else ""),
             done=book.answer is not None or gave_up,
-            said=(turn.kept(),),
+            said=(*view.said, turn.kept()),
         )
 
-    def _request(self, view: View, turns: Sequence[Turn], told: str) -> Request:
+    async def _answered(self, view: View, turns: Sequence[Turn], told: str) -> Reply:
+        reply = await self._client.complete(self._request(view, turns, told, self._most))
+        if reply.status != "rejected":
+            return reply
+        # Most likely it is too long for the model: once more, with all that is old shortened.
+        return await self._client.complete(self._request(view, turns, told, 0))
+
+    def _request(self, view: View, turns: Sequence[Turn], told: str, most: int) -> Request:
         results = {result.call.id: result for result in view.results}
-        messages = conversation(beginning(view), turns, told, results, self._most)
+        messages = conversation(beginning(view), turns, told, results, most)
         return Request(
             messages,
             max_tokens=self._max_tokens,

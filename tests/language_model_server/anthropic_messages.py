@@ -73,7 +73,7 @@ def _blocks(role: str, content: Any) -> Iterator[Block]:
             yield "tool", json.dumps(plain), block.get("cache_control") is not None
             continue
         require(block.get("type") == "text", f"{role}: this server reads text blocks only, not {block.get('type')!r}")
-        require(bool(block["text"]), f"{role}: text content blocks must be non-empty")
+        require(bool(block["text"].strip()), f"{role}: text content blocks must contain non-whitespace text")
         yield role, block["text"], block.get("cache_control") is not None
 
 

@@ -132,7 +132,7 @@ class Investigation:
     @property
     def view(self) -> View:
         step = len(self.decisions)
-        kept = json.loads(json.dumps([one for decision in self.decisions for one in decision.said]))
+        kept = json.loads(json.dumps(list(self.decisions[-1].said) if self.decisions else []))
         return View(
             self.question, self.question.metric or Metric("log_odds"), tuple(self.hypotheses.values()), tuple(self.results),
             self.new, tuple(kept), self.question.budget.steps - step, (self.notes[step],) if step in self.notes else (),
@@ -206,7 +206,7 @@ def test_the_beginning_says_what_is_asked_and_shows_some_prompts() -> None:
     assert system.role == "system" and "Code checks every causal claim on prompts that you never see" in system.text
     assert "<question>Why DESC?</question>\n<suggested_cause>the word descending</suggested_cause>" in user.text
     assert "logit of the answer less that of the other token" in user.text and "200000 prompts" in user.text
-    assert "<prompt 1>select age in descending order number 0</prompt>\n<answer 1> DESC</answer>" in user.text
+    assert "<prompt 0>select age in descending order number 0</prompt>\n<answer 0> DESC</answer>" in user.text
     assert user.text.count("<prompt ") == PROMPTS_SHOWN and "You have 15 prompts" in user.text
     assert "15 of them have a variant" in user.text and user.text.endswith("You have 12 replies. Begin.")
 
@@ -336,7 +336,7 @@ def test_a_silent_model_is_reminded_and_then_ended_with_what_it_claimed() -> Non
 
 
 def test_silence_is_counted_in_a_row_only() -> None:
-    quiet = Reply("empty")
+    quiet = Reply("ok", " \n")
     work, client = begun(quiet, quiet, called(("lens", {})), quiet, quiet, FINISH)
     assert work.end().answer == "Latent 7."
     # No provider takes an empty message.
@@ -362,6 +362,23 @@ def test_a_failed_reply_ends_the_investigation_and_says_how(status: Status) -> N
     last = work.end()
     assert last.done and last.calls == () and [claim.statement for claim in last.claims] == ["Latent 7 does it."]
     assert last.answer == f"[The investigation ended early: the model's reply failed: {status}: so it goes]"
+
+
+def test_a_failed_reply_loses_nothing_of_the_conversation() -> None:
+    work, client = begun(called(("lens", {})), Reply("error"), FINISH)
+    work.end()
+    # Taken up again, the investigation asks what it asked before.
+    assert work.step().answer == "Latent 7."
+    assert client.asked[2].messages[:-1] == client.asked[1].messages[:-1]
+
+
+def test_a_conversation_that_is_too_long_for_the_model_is_shortened() -> None:
+    long = Outcome("<row>" + "x" * 5_000 + "</row>")
+    look, rejected = called(("lens", {})), Reply("rejected", detail="maximum context length")
+    work, client = begun(*[look] * 4, rejected, FINISH, run=lambda call, _: Result(call, "ok", long))
+    assert work.end().answer == "Latent 7." and len(work.decisions) == 5
+    first, second = ([len(m.results[0].text) for m in one.messages if m.results] for one in client.asked[4:])
+    assert first == [5_011] * 4 and second[2:] == [5_011] * 2 and max(second[:2]) < OLD_CHARACTERS + 200
 
 
 def test_a_model_that_loops_is_bounded_by_its_steps() -> None:
@@ -509,7 +526,9 @@ def test_on_the_wire(server: Running, provider: str) -> None:
         {"name": "ablaet", "arguments": {}},
     ]
     last = [{"name": "claim", "arguments": CAUSAL}, {"name": "finish", "arguments": {"answer": "Latent 7."}}]
-    server.behave(answer="scripted", replies=[{"calls": first, "text": "So."}, "Let me think.", {"calls": last}])
+    server.behave(
+        answer="scripted", replies=[{"calls": first, "text": " \n"}, "Let me think.", {"calls": last, "text": "\n"}]
+    )
     client = open_client(server.spec(provider, "model"), journal=MemoryJournal(), prices=load_prices(), limits=Limits())
     work = Investigation(ModelInvestigator(client, TOOLS))
     asyncio.run(decided(work, client))
