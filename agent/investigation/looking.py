@@ -18,7 +18,7 @@ from exegete.agent.findings import figure
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Outcome
 from exegete.agent.investigation.evidence import gathered
-from exegete.agent.investigation.fencing import as_meant, fenced, fenced_text, fenced_window, quoted
+from exegete.agent.investigation.fencing import fenced, fenced_text, fenced_window, quoted
 from exegete.agent.investigation.toolbelt import tool
 from exegete.tools.errors import ToolError, UserError
 from exegete.tools.seeds import derive_seed
@@ -148,7 +148,7 @@ def activations(
 
 def _texts(bench: Bench, texts: Sequence[str], prompts: Sequence[int], variants: bool) -> list[tuple[str, str]]:
     """Return what is named, each with its name: own texts have none."""
-    found = [("", as_meant(text)) for text in texts]
+    found = [("", text) for text in texts]
     for number in prompts:
         if not 0 <= number < len(bench.cases):
             raise ToolError(f"there is no search prompt {number}; there are 0 to {len(bench.cases) - 1}")

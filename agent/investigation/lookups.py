@@ -70,7 +70,10 @@ def views(bench: Bench, view: str = "") -> Outcome:
             ).fetchall()
         )
         if not view:
-            return Outcome("\n".join(f"{name}: {comment}" for name, comment in known.items()), None, {"views": known})
+            own = bench.live.dictionary.fingerprint
+            lines = [f"latents are of the dictionary {own!r} (column dictionary, where a view has it)"]
+            lines += [f"{name}: {comment}" for name, comment in known.items()]
+            return Outcome("\n".join(lines), None, {"dictionary": own, "views": known})
         if view not in known:
             raise ToolError(f"there is no view {view!r}; there are: {', '.join(known)}.{nearest(view, known)}")
         columns = connection.execute(

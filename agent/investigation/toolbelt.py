@@ -22,7 +22,7 @@ from typing import Any, TypeVar, get_args
 from exegete.agent.findings import plain
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Call, Headline, Kind, Outcome, Prediction, Result
-from exegete.agent.investigation.fencing import cut, fenced, fenced_text
+from exegete.agent.investigation.fencing import as_meant, cut, fenced, fenced_text
 from exegete.agent.investigation.schemas import Format, Schema, arguments_schema, as_written, described, fitting
 from exegete.tools.errors import ExegeteError, SealedSplitError, ToolError, nearest
 
@@ -134,7 +134,8 @@ class Toolbelt:
     def checked(self, call: Call) -> tuple[Tool, dict[str, Any], Prediction | None]:
         """Return the tool of a call, its arguments without the prediction, and the prediction of an experiment.
 
-        Arguments that were left out have their defaults, so that what means the same is the same.
+        Arguments that were left out have their defaults, so that what means the same is the same, and texts have line
+        breaks where ⏎ stands for them: so they were shown.
 
         Raises:
             ToolError: there is no such tool, an argument is wrong or missing, or so is the prediction (`Refused`).
@@ -148,7 +149,7 @@ class Toolbelt:
         if chosen.kind == "experiment" and isinstance(arguments, Mapping):
             prediction = _prediction(chosen.name, arguments)
         fit = _defaults(chosen.parameters) | fitting(chosen.name, arguments, chosen.parameters)
-        return chosen, {name: value for name, value in fit.items() if not _of_prediction(chosen, name)}, prediction
+        return chosen, {name: _meant(fit[name]) for name in fit if not _of_prediction(chosen, name)}, prediction
 
     def run(self, call: Call) -> Result:
         """Run a call and return what became of it. Never raises an `ExegeteError`."""
@@ -205,6 +206,12 @@ def _prediction(name: str, arguments: Mapping[str, Any]) -> Prediction:
 def _defaults(parameters: Schema) -> dict[str, Any]:
     properties: dict[str, Schema] = parameters["properties"]
     return {name: one["default"] for name, one in properties.items() if "default" in one}
+
+
+def _meant(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_meant(value)
+    return [_meant(one) for one in value] if isinstance(value, list) else value
 
 
 def _of_prediction(chosen: Tool, name: str) -> bool:

@@ -100,7 +100,8 @@ def test_sql_says_that_there_are_more_rows(labeled_bench: Bench) -> None:
 
 
 def test_views_and_their_columns_are_told(labeled_bench: Bench) -> None:
-    assert "best_explanations: Per latent" in good(labeled_bench, "views")[0]
+    text = good(labeled_bench, "views")[0]
+    assert "best_explanations: Per latent" in text and labeled_bench.live.dictionary.fingerprint in text
     text, facts = good(labeled_bench, "views", view="neighbours")
     assert [one["column"] for one in facts["columns"]] == ["dictionary", "latent", "neighbour", "cosine", "rank"]
     assert "neighbour (INTEGER): Index of the neighbour in the same dictionary." in text.splitlines()

@@ -74,6 +74,8 @@ def test_a_prediction_is_taken_out_of_the_arguments() -> None:
     assert (chosen.name, arguments) == ("shake", {"latents": [1, 2]})
     assert prediction == Prediction("H1", "so it seems", 1.0, 4.0)
     assert belt().run(call("shake", latents=[1, 2], **PREDICTED)).outcome.text == "shook [1, 2]"
+    shown = Toolbelt(BENCH, every_tool()).checked(call("activations", texts=["a⏎b", "c"]))[1]
+    assert shown["texts"] == ["a\nb", "c"]
     assert belt().checked(call("look", number=1))[1:] == ({"number": 1, "long": False}, None)
 
 
@@ -138,6 +140,16 @@ def test_fences_hold_whatever_a_text_says() -> None:
     assert not set("<>\n\x1b") & set(inside) and "[INST]" not in inside
     assert fenced_window((" a", " b"), {1}) == "<window> a<< b>></window>"
     assert quoted(" DE\n<SC") == '" DE⏎‹SC"'
+
+
+def test_all_that_was_promised_is_there() -> None:
+    kinds = {
+        kind: {name for name, one in every_tool().items() if one.kind == kind} for kind in ("lookup", "experiment")
+    }
+    assert {"sql", "views", "search", "card", "windows", "activations", "prompts", "label"} <= kinds["lookup"]
+    assert kinds["experiment"] == set(
+        "ablate interchange steer patch attribute minimal_set interactions compare probe directions lens generate".split()
+    )
 
 
 def test_notes_are_described_and_not_run() -> None:
