@@ -8,9 +8,11 @@
    rate so far (fewer answers may only mean that less was asked). It then grows as exp(0.05 t + 0.02 t²), t seconds since
    the last pushback: by 7 % in the first second, tenfold after ten, so a limit is followed closely and left within some
    twenty seconds of its end. Growth of the window speeds up alike.
-3. Pushback to a call that was sent before the last slowing-down says nothing new and slows nothing. Neither does one in
-   ten or more calls: a provider that is short of machines refuses some whatever the pace, and whoever slowed down for each
-   would soon ask a hundredth of what it takes.
+3. Pushback to a call that was sent before the last slowing-down says nothing new and slows nothing. Neither does as much of
+   it as comes whatever the pace: a provider that is short of machines refuses some of all calls, and whoever slowed down for
+   each would soon ask a hundredth of what it takes. One in ten is taken for that, and more where it was seen: a limit refuses
+   hardly any of the calls that go out just after a slowing-down to less than what was answered, unless it has fallen meanwhile,
+   and then few are answered. So what follows such a slowing-down is waited for, unless most are refused.
 4. Where nothing has been answered for a second, a Retry-After holds for everybody, not only for the call that got it.
 5. *Given limits*, per minute, are buckets that hold a tenth of a minute's worth and may go into debt, so that one call
    larger than the bucket still passes. Tokens are estimated before a call and corrected by its usage.
@@ -35,7 +37,15 @@ _FIRST_RATE = 10.0
 _LEAST_RATE = 0.5
 _GOODPUT_SECONDS = 1.0
 _TOLERATED = 0.1
-"""Share of calls that may be refused lately without slowing down."""
+"""Share of calls that may be refused lately without slowing down, at least."""
+_CALM_SECONDS = 1.2
+"""After a slowing-down to 0.85 of what was answered the rate is below that for so long."""
+_MOST_REFUSED = 0.6
+_FEW = 5
+_SURE = 16.0
+"""Answers from which how many come per second is known well enough for that."""
+_CALM_CALLS = 30
+"""Over so many calls at that pace, about, the share that is refused whatever the pace is taken."""
 _BUCKET_SECONDS = 6.0
 
 
@@ -89,12 +99,25 @@ class Bucket:
             self._level -= amount
 
 
+@dataclass(slots=True, eq=False)
+class _Calm:
+    """The time after a slowing-down to less than was answered."""
+
+    until: float
+    answered_before: float
+    """Per second."""
+    answered: int = 0
+    refused: int = 0
+
+
 @dataclass(slots=True)
 class Slot:
     """Leave to send one request."""
 
     tokens: float
     sent: float
+    calm: _Calm | None = None
+    """The time that it was sent in, where the server was just seen to answer more than is asked."""
 
 
 class Allowance:
@@ -148,6 +171,8 @@ class Pacer:
         self._paused_until = now
         self._goodput = 0.0
         self._refused = 0.0
+        self._calm: _Calm | None = None
+        self._always_refused = 0.0
         self._counted_at = now
         self._started = now
         self._answered = now
@@ -174,6 +199,7 @@ class Pacer:
         now = self._clock()
         self._decay(now)
         self._goodput += 1.0
+        self._learn(slot, refused=False)
         self._answered = now
         self._allowance.tokens.take(tokens - slot.tokens)
         if self.window < self._most and self.in_flight >= self.window - 1:
@@ -186,7 +212,10 @@ class Pacer:
         now = self._clock()
         self._decay(now)
         self._refused += 1.0
-        tolerated = self._refused < _TOLERATED * (self._refused + self._goodput)
+        self._learn(slot, refused=True)
+        share = max(_TOLERATED, 0.05 + 1.5 * self._always_refused)
+        share = max(share, _MOST_REFUSED) if self._calm else share
+        tolerated = self._refused < share * (self._refused + self._goodput)
         if slot.sent >= self._slowed and not tolerated:
             if self._base_rate == math.inf:
                 self.window = self._threshold = max(1.0, min(self.window, self.in_flight) / 2)
@@ -214,8 +243,28 @@ class Pacer:
         rate = self.rate(now)
         halved = 0.5 * rate if rate != math.inf else _FIRST_RATE
         self._base_rate = max(_LEAST_RATE, min(0.9 * rate, max(0.85 * lately, halved)))
+        sure = lately * _GOODPUT_SECONDS >= _SURE
+        self._calm = _Calm(now + _CALM_SECONDS, lately) if sure and self._base_rate <= 0.86 * lately else None
         self._next = max(self._next, now)
         self._slowed = now
+
+    def _learn(self, slot: Slot, refused: bool) -> None:
+        """Take the share that was refused in a calm time for what is refused whatever the pace, once later calls come back."""
+        calm = self._calm
+        if calm is None:
+            return
+        if slot.calm is calm:
+            calm.answered += not refused
+            calm.refused += refused
+            if calm.refused > _FEW and calm.refused > _MOST_REFUSED * (calm.answered + calm.refused):
+                # There is a limit, and it has fallen: what was answered before says nothing of it.
+                self._calm = None
+                self._goodput = min(self._goodput, calm.answered / max(self._counted_at - self._slowed, 0.05))
+        elif slot.sent >= calm.until:
+            self._calm, calls = None, calm.answered + calm.refused
+            if calls and calm.answered >= 0.4 * _CALM_SECONDS * calm.answered_before:
+                weight = 1 - (1 - 1 / _CALM_CALLS) ** calls
+                self._always_refused += weight * (calm.refused / calls - self._always_refused)
 
     def _decay(self, now: float) -> None:
         kept = math.exp((self._counted_at - now) / _GOODPUT_SECONDS)
@@ -251,7 +300,7 @@ class Pacer:
             self._next = max(self._next, now - 0.02) + 1 / rate
         else:
             self._base_rate = math.inf
-        return Slot(tokens, now)
+        return Slot(tokens, now, self._calm if self._calm and now < self._calm.until else None)
 
     def _release(self) -> None:
         if self._timer is not None:

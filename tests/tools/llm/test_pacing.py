@@ -93,6 +93,14 @@ def test_a_server_that_refuses_some_whatever_the_pace_is_asked_at_full_speed() -
     assert rate(seen, 0, 30, good=False) / rate(seen, 0, 30) == pytest.approx(0.05, abs=0.01)
 
 
+@pytest.mark.parametrize("refused", [0.12, 0.3])
+@pytest.mark.parametrize("latency_s", [0.05, 1.0])
+def test_as_much_as_is_refused_whatever_the_pace_slows_nothing(refused: float, latency_s: float) -> None:
+    seen = load(Limits(concurrency=64), 60, lambda t: 1e9, latency_s, refused)
+    # A pace that follows every refusal ends at one answer a second.
+    assert rate(seen, 30, 60) > 0.9 * (1 - refused) * 64 / latency_s
+
+
 def test_slow_answers_do_not_keep_the_rate_below_the_limit() -> None:
     seen = load(Limits(concurrency=64), 30, lambda t: 5.0 if t >= 5 else 1e9, latency_s=1.0)
     # Five calls must be in flight for that; a window that is halved each time would hold two.
