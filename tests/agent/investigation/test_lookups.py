@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,8 +289,6 @@ def test_a_language_model_that_declines_is_quoted(bench: Bench) -> None:
 
 
 def test_a_language_model_that_never_answers_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    import asyncio
-
     class Silent(FakeClient):
         async def complete(self, request: Request) -> Reply:
             await asyncio.sleep(600)
@@ -305,3 +305,30 @@ def test_hostile_corpora_stay_in_their_fences(bench: Bench) -> None:
     line = next(one for one in shown.splitlines() if one.startswith("<text 1>"))
     assert line.count("<") == 2 and "\x1b" not in shown
     assert facts["texts"][0]["text"] == text
+
+
+def test_a_judge_is_asked_in_the_loop_that_has_its_connections(bench: Bench) -> None:
+    async def investigate() -> tuple[Result, set[asyncio.AbstractEventLoop]]:
+        loops: set[asyncio.AbstractEventLoop] = set()
+
+        def answer(asked: str, request: Request) -> Any:
+            loops.add(asyncio.get_running_loop())
+            verdicts = {"verdicts": [1] * asked.count("</window>")}
+            return verdicts if "verdicts" in (request.schema or "") else {"explanation": "Numbers.", "predicate": None}
+
+        own = replace(bench, judge=FakeClient(answer), loop=asyncio.get_running_loop())
+        found = await asyncio.to_thread(use, own, "label", latent=271)
+        return found, loops ^ {asyncio.get_running_loop()}
+
+    found, others = asyncio.run(investigate())
+    assert found.status == "ok" and not others
+
+
+def test_lookups_of_several_threads_do_not_disturb_one_another(labeled_bench: Bench) -> None:
+    latents = sorted(labeled_bench.live.labels)[:2]
+    calls = [(tool, latent) for latent in latents for tool in ("card", "windows", "label")]
+    alone = [use(labeled_bench, tool, latent=latent).outcome for tool, latent in calls]
+    fresh = replace(labeled_bench)
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda call: use(fresh, call[0], latent=call[1]).outcome, calls))
+    assert together == alone
