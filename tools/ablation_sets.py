@@ -6,6 +6,7 @@ latents outside the set whose firing rates are nearest, on a logarithmic scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,9 @@ def require_rates(dictionary: Dictionary, rates: ArrayLike) -> Floats:
     return found
 
 
-def random_sets(latents: Sequence[int], rates: Floats, count: int, seed: int) -> list[tuple[int, ...]]:
+def random_sets(
+    latents: Sequence[int], rates: Floats, count: int, seed: int, *, distinct: bool = False
+) -> list[tuple[int, ...]]:
     """Return `count` sets of as many live latents outside `latents`, matched in firing rate.
 
     Args:
@@ -145,21 +148,47 @@ def random_sets(latents: Sequence[int], rates: Floats, count: int, seed: int) ->
         rates: share of tokens on which each latent of the dictionary fires, shape (latent,).
         count: how many sets; none come back where fewer live latents than needed are outside the set.
         seed: each set depends on it, its own number and the set alone.
+        distinct: no set is there twice, as a test by rank among them needs it. For one latent they are the others nearest
+            in firing rate, for more they are drawn from wider neighbourhoods; fewer come back where there are no more.
     """
     outside = np.setdiff1d(np.flatnonzero(rates > 0), latents)
     if len(outside) < len(latents):
         return []
+    if distinct:
+        return _distinct(latents, outside, rates, count, seed)
     return [_matched(latents, outside, rates, generator(seed, "random set", i, *latents)) for i in range(count)]
 
 
+def _distinct(
+    latents: Sequence[int], outside: NDArray[np.int64], rates: Floats, count: int, seed: int
+) -> list[tuple[int, ...]]:
+    if len(latents) == 1:
+        level = np.log(max(rates[latents[0]], rates[outside].min() / 2))
+        near = np.argsort(np.abs(np.log(rates[outside]) - level), kind="stable")[:count]
+        return [(int(latent),) for latent in outside[near]]
+    # Of n neighbours of each of k latents about n^k sets can be made: ten times as many as are wanted are seldom twice.
+    nearest = max(_NEAREST, math.ceil((10 * count) ** (1 / len(latents))))
+    found: dict[frozenset[int], tuple[int, ...]] = {}
+    for i in range(4 * count):
+        drawn = _matched(latents, outside, rates, generator(seed, "random set", i, *latents), nearest)
+        found.setdefault(frozenset(drawn), drawn)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
 def _matched(
-    latents: Sequence[int], outside: NDArray[np.int64], rates: Floats, rng: np.random.Generator
+    latents: Sequence[int],
+    outside: NDArray[np.int64],
+    rates: Floats,
+    rng: np.random.Generator,
+    nearest: int = _NEAREST,
 ) -> tuple[int, ...]:
     level = np.log(np.maximum(rates, rates[outside].min() / 2))
     free, drawn = outside, []
     # The most frequent first: few latents fire as often, and they should not be taken for others.
     for latent in sorted(latents, key=lambda latent: (-rates[latent], latent)):
-        near = np.argsort(np.abs(level[free] - level[latent]), kind="stable")[:_NEAREST]
+        near = np.argsort(np.abs(level[free] - level[latent]), kind="stable")[:nearest]
         chosen = near[rng.integers(len(near))]
         drawn.append(int(free[chosen]))
         free = np.delete(free, chosen)

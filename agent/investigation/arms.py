@@ -138,8 +138,8 @@ def beside_random(
 
 
 def matched_sets(bench: Bench, latents: Sequence[int], count: int) -> list[Latents]:
-    """Return random sets of other latents that fire as often. Raises ToolError where too few fire."""
-    sets = random_sets(latents, bench.rates, count, derive_seed(bench.seed, "controls"))
+    """Return different random sets of other latents that fire as often. Raises ToolError where too few fire."""
+    sets = random_sets(latents, bench.rates, count, derive_seed(bench.seed, "controls"), distinct=True)
     if not sets and count:
         live = int((bench.rates > 0).sum())
         raise ToolError(

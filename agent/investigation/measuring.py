@@ -97,23 +97,24 @@ class Measurable:
             raise UserError(
                 f"{[len(row) for row in rows]} trials are given for {len(self.cases)} cases; give one for each"
             )
-        found = self._of_trials([trial for row in rows for trial in row])
-        return np.array(found, dtype=np.float64).reshape(len(rows), len(self.cases))
+        found = self.at([(i, trial) for row in rows for i, trial in enumerate(row)])
+        return found.reshape(len(rows), len(self.cases))
 
-    def _of_trials(self, trials: Sequence[Trial]) -> list[float]:
+    def at(self, trials: Sequence[tuple[int, Trial]]) -> Floats:
+        """Return the metric of trials, each of the case of a number, shape (trial,); else as `table`."""
         if self.criterion is not None:
-            return self.criterion(self.live.model, trials)
+            return np.array(self.criterion(self.live.model, [trial for _, trial in trials]), dtype=np.float64)
         from exegete.tools.metrics import PromptTrial, measured
 
-        metric, count = self.gradient, len(self.cases)
+        metric = self.gradient
         assert metric is not None
 
         def read(reading: Reading) -> list[float]:
             values: list[float] = measured(metric, reading.logits, reading.batch).tolist()
             return values
 
-        own = [PromptTrial(trial.tokens, trial.intervention, trial.draw, i % count) for i, trial in enumerate(trials)]
-        return self.live.model.run(own, read)
+        own = [PromptTrial(trial.tokens, trial.intervention, trial.draw, i) for i, trial in trials]
+        return np.array(self.live.model.run(own, read), dtype=np.float64)
 
     @cached_property
     def clean(self) -> Floats:

@@ -135,14 +135,17 @@ def steered(
     *,
     count: int,
     directions: int | None = None,
+    matched_on: int = MATCHING,
 ) -> Steered:
     """Return latents, `count` random sets and `directions` random directions (as many, by default), all at one KL.
+
+    Strengths are matched on `matched_on` prompts, at most.
 
     Raises:
         ToolError: too few latents fire that are not in the set.
         UserError: as `match_strengths`.
     """
-    model, prompts = bench.live.model, matching(bench)
+    model, prompts = bench.live.model, matching(bench)[:matched_on]
     (own,) = match_strengths(model, [turning(bench, latents, sign, positions)], prompts, target_kl=kl)
     if own.strength is None:
         return Steered(kl, own, None, np.zeros(0), 0)

@@ -42,6 +42,13 @@ def cases() -> tuple[Case, ...]:
     return cases_of("order.DESC")
 
 
+@pytest.fixture(scope="session")
+def held_out(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Ten minimal pairs of the same behaviour that the bench has not."""
+    fresh = [case for case in cases_of("order.DESC", 16, seed=41) if case not in cases]
+    return tuple(fresh[:10])
+
+
 @pytest.fixture
 def bench(subject: Subject, dictionary: Dictionary, cases: tuple[Case, ...]) -> Bench:
     """Search prompts that end before ` DESC`, measured by its logit less that of ` ASC`; no store, no judge."""
