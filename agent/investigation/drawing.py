@@ -3,7 +3,7 @@
 Three kinds, as tools return them (`Outcome.plots`):
 
 1. `bars`: figures with their intervals, controls among them in grey, one below the other on one axis with its zero.
-2. `curve`: lines with their bands, controls dashed and grey: what a steering strength does.
+2. `curve`: lines with their bands, controls dashed: what a steering strength does.
 3. `tokens`: the tokens of a prompt, shaded by a signed number each; these are words, not SVG, so that they wrap and can be copied.
 
 What a record holds is not trusted: a plot that is not what its kind says raises `Undrawable`, and every text is escaped.
@@ -25,10 +25,11 @@ MOST_ROWS = 60
 MOST_POINTS = 1_000
 MOST_TOKENS = 1_000
 OWN = ("a", "b", "c", "d")
-"""Styles of lines, used again from the first on; `control` is that of controls."""
+CONTROLS = ("control", "beside")
+"""Styles of lines, and of those that are controls; used again from the first on."""
 
-_LEFT, _RIGHT, _ROW, _HEAD, _FOOT = 200, 92, 24, 8, 40
-_LABEL = 30
+_LEFT, _RIGHT, _ROW, _HEAD, _FOOT = 206, 86, 24, 8, 40
+_LABEL = 29
 """Characters of a row's label; the whole of it is shown to the pointer."""
 
 
@@ -183,6 +184,8 @@ def _curve(plot: Mapping[str, Any]) -> Plot:
     for line in lines:
         if len(line.low) > 1:
             canvas.band(line.low, line.high, line.style)
+        elif line.low:
+            canvas.line([*line.low, *line.high], line.style)
     for line in lines:
         canvas.line(line.points, line.style)
         canvas.dots(line.points, line.style)
@@ -192,8 +195,8 @@ def _curve(plot: Mapping[str, Any]) -> Plot:
 def _lines(series: Sequence[Mapping[str, Any]]) -> list[_Line]:
     found: list[_Line] = []
     for one in series:
-        own = [line for line in found if line.style != "control"]
-        style = "control" if one.get("control", False) else OWN[len(own) % len(OWN)]
+        styles = CONTROLS if one.get("control", False) else OWN
+        style = styles[sum(line.style in styles for line in found) % len(styles)]
         pairs = [(_number(x), _number(y)) for x, y in one["points"][:MOST_POINTS]]
         lows, highs = ([_number(y) for y in one.get(end) or [None] * len(pairs)] for end in ("low", "high"))
         if not len(pairs) <= min(len(lows), len(highs)):

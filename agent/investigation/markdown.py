@@ -91,7 +91,7 @@ def _blocks(page: Page) -> Iterator[str]:
 
 def _said(page: Page, text: str) -> str:
     """Return a text of the investigator's, marked where that is a language model."""
-    return f"{plain_text(text)} *(the model's words)*" if page.record.by_model and text else plain_text(text)
+    return f"{plain_text(text)} *({page.whose})*" if page.whose and text else plain_text(text)
 
 
 def _claim(page: Page, claim: ClaimShown) -> Iterator[str]:

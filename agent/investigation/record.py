@@ -137,7 +137,7 @@ class InvestigationRecord:
 
     @property
     def by_model(self) -> bool:
-        """Whether a language model wrote its hypotheses, reasons, claims and answer."""
+        """Whether its hypotheses, reasons, claims and answer may be a language model's: all but the recipe's."""
         return self.investigator != RECIPE
 
     def experiment(self, id: str) -> ExperimentRecord:

@@ -38,7 +38,7 @@ from exegete.agent.investigation.wording import (
     predicted,
     probability,
     says,
-    who,
+    whose,
 )
 from exegete.agent.latent_cards import LatentCard, read_cards
 from exegete.agent.plots import Plot
@@ -111,7 +111,8 @@ class Page:
     """What a report says."""
 
     record: InvestigationRecord
-    who: str
+    whose: str
+    """What marks texts of a language model, or of another investigator that was given; empty for the recipe."""
     facts: tuple[tuple[str, str], ...]
     ended: str
     """Why it ended early; empty where it did not."""
@@ -167,7 +168,7 @@ def page(record: InvestigationRecord, folder: Path) -> Page:
     latents, left_out = _latents(record)
     return Page(
         record=record,
-        who=who(record),
+        whose=whose(record),
         facts=tuple(facts(record)),
         ended=ended(record),
         claims=tuple(_claim(record, place, verdict) for place, verdict in enumerate(record.verdicts, 1)),
@@ -247,10 +248,12 @@ def _experiment(record: InvestigationRecord, one: ExperimentRecord, folder: Path
 
 
 def _again(record: InvestigationRecord, one: ExperimentRecord, folder: Path) -> str:
+    """Return the command that does an experiment again: by its id where it is in the store, else by its folder."""
     store = record.origin.get("store")
     if store is None:
         return f"exegete rerun {shlex.quote(f'{folder}/{one.id}')}"
-    return f"exegete rerun {shlex.quote(f'{record.id}/{one.id}')} --store {shlex.quote(str(store))}"
+    kept = folder.resolve().parent == Path(store).resolve() / "investigations"
+    return f"exegete rerun {shlex.quote(f'{record.id if kept else folder}/{one.id}')} --store {shlex.quote(str(store))}"
 
 
 def _latents(record: InvestigationRecord) -> tuple[tuple[LatentShown, ...], int]:

@@ -85,7 +85,15 @@ def who(record: InvestigationRecord) -> str:
     """Return who investigated, and whether that is a language model."""
     if not record.by_model:
         return "recipe: a fixed protocol, no language model"
-    return f"{record.investigator}: a language model, which chose the experiments and wrote what is marked as its words"
+    what = "a language model" if ":" in record.investigator else "an investigator that was given"
+    return f"{record.investigator}: {what}, which chose the experiments and wrote what is marked as its words"
+
+
+def whose(record: InvestigationRecord) -> str:
+    """Return what marks the investigator's texts; empty for the recipe's, which are ours."""
+    if not record.by_model:
+        return ""
+    return "the model’s words" if ":" in record.investigator else "the investigator’s words"
 
 
 def ended(record: InvestigationRecord) -> str:

@@ -84,8 +84,8 @@ def shown(record: InvestigationRecord) -> tuple[str, str]:
 
 @pytest.mark.parametrize("text", [*HOSTILE, ALL])
 def test_hostile_text_changes_nothing_of_the_page(text: str) -> None:
-    source = html(page(investigation(text, investigator=f"model{text}"), Path("there")))
-    harmless = html(page(investigation("x", investigator="modelx"), Path("there")))
+    source = html(page(investigation(text, investigator=f"m:odel{text}"), Path("there")))
+    harmless = html(page(investigation("x", investigator="m:odelx"), Path("there")))
     found = Structure(source)
     assert found.seen == Structure(harmless).seen
     assert not UNSEEN.search(source)
@@ -142,7 +142,9 @@ def test_every_number_links_to_where_it_comes_from() -> None:
     for id in ("E1", "E5"):
         assert f"exegete rerun there/{id}" in source and f"exegete rerun there/{id}" in plain
     stored = replace(investigation(), origin={**investigation().origin, "store": "my store"})
-    assert "exegete rerun i-0001/E1 --store 'my store'" in shown(stored)[1]
+    assert "exegete rerun there/E1 --store 'my store'" in shown(stored)[1]
+    kept = markdown(page(stored, Path("my store/investigations/i-0001")))
+    assert "exegete rerun i-0001/E1 --store 'my store'" in kept
 
 
 def test_three_of_four_predictions_have_the_known_interval() -> None:
@@ -155,9 +157,13 @@ def test_three_of_four_predictions_have_the_known_interval() -> None:
 def test_what_a_language_model_wrote_is_marked_and_what_the_recipe_wrote_is_not() -> None:
     source, plain = shown(investigation(investigator="openai:m"))
     assert source.count('<span class="by">') == 1 + 4 + 3 + 5
-    assert plain.count("(the model's words)") == 1 + 4 + 3 + 5
+    assert plain.count("(the model’s words)") == 1 + 4 + 3 + 5
+    given = shown(investigation(investigator="mine"))
+    assert (
+        given[0].count("the investigator’s words") == 1 + 4 + 3 + 5 + 1 and "an investigator that was given" in given[1]
+    )
     recipes = shown(investigation())
-    assert '<span class="by">' not in recipes[0] and "(the model's words)" not in recipes[1]
+    assert '<span class="by">' not in recipes[0] and "’s words)" not in recipes[1]
 
 
 def test_rejected_hypotheses_and_what_tested_them_are_shown() -> None:
@@ -207,7 +213,7 @@ def test_figures_lie_on_their_axis() -> None:
     (_, left, middle), (_, right_low, right) = [(style, float(low), float(high)) for style, low, high in intervals]
     assert [style for style, _, _ in intervals] == ["a", "control"]
     assert middle == zero and left < dots[0] < zero < right_low < dots[1] < right
-    # 200 pixels to the left, 92 to the right, and 4 % of the span on both sides.
+    # 206 pixels to the left, 86 to the right, and 4 % of the span on both sides.
     assert right - left == pytest.approx((520 - 292) / 1.08, abs=0.2)
     assert dots[0] == pytest.approx((left + zero) / 2, abs=0.1) and '<a href="#E1">' in plot.svg
 
@@ -239,6 +245,14 @@ def test_a_plot_that_is_none_is_said_and_left_out(plot: dict[str, Any]) -> None:
     record = investigation()
     broken = replace(record, experiments=(replace(record.experiments[0], plots=(plot,)), *record.experiments[1:]))
     assert shown(broken)[0].count("A plot is left out") == 1
+
+
+def test_a_single_point_of_a_control_keeps_its_interval() -> None:
+    one = {"label": "random", "points": [[1, 0.5]], "low": [0.0], "high": [1.0], "control": True}
+    plot = drawn({**CURVE, "series": [*CURVE["series"], one]})
+    assert isinstance(plot, Plot) and [style for style, _ in plot.legend] == ["a", "control", "beside"]
+    [bar] = re.findall(r'class="line s-beside" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', plot.svg)
+    assert bar[0] == bar[2] and float(bar[1]) > float(bar[3])
 
 
 def test_plots_leave_out_points_without_a_figure_and_what_is_too_much() -> None:
