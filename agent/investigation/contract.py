@@ -261,8 +261,10 @@ class View:
 class Investigator(Protocol):
     """Decides what is done. Everything it is told is in the `View`; it keeps nothing between calls, so it can be resumed."""
 
-    name: str
-    """`recipe`, or the model's, for example `anthropic:MODEL`."""
+    @property
+    def name(self) -> str:
+        """`recipe`, or the model's, for example `anthropic:MODEL`."""
+        ...
 
     async def frame(self, question: Question) -> Metric:
         """Return how the behaviour is measured; `question.metric` where that is given.
