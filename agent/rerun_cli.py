@@ -23,7 +23,7 @@ def rerun(
         str, typer.Argument(metavar="INVESTIGATION/E3", help="As a report or the view `experiments` names it.")
     ],
     store: Annotated[
-        Path | None, typer.Option("--store", help="Folder of the store that the investigation is in.")
+        Path | None, typer.Option("--store", help="Store that the investigation is kept in; `out` without one.")
     ] = None,
     config: Config = None,
     subject: Subject = None,
@@ -33,14 +33,13 @@ def rerun(
     format: Format = Shown.table,
 ) -> None:
     """Do one experiment of an investigation again and hold it against what is stored; exit status 1 where it differs."""
-    from exegete.agent.investigation.rerun import find
-    from exegete.agent.investigation.rerun import rerun as do_again
+    from exegete.agent.investigation.rerun import find, rerun_named
     from exegete.agent.live import open_live
 
-    record, chosen = find(experiment, store)
+    named = find(experiment, store)
     given = {"config": config, "subject": subject, "dictionary": dictionary, "device": device}
     given["dtype"] = dtype.value if dtype else None
-    done = do_again(record, chosen, open_live(wanted(record, store, given)))
+    done = rerun_named(named, open_live(wanted(named.record, store, given)))
     typer.echo(done.findings().render(format.value))
     if not done.agrees:
         raise typer.Exit(1)

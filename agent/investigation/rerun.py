@@ -5,20 +5,24 @@
 2. The tool is called with the stored arguments through the same checks.
 3. The headline's figure, interval and control are held against the stored ones, one by one. They agree where they differ by no
    more than rounding: batches of other sizes, and other devices, add numbers in another order. That is a thousandth of the
-   largest of the stored figures, or four times the spacing of the subject's numbers where that is coarser.
+   largest of the stored figures and at least 0.0001 (logits of about 10 are known to 0.00001); where the subject's numbers have
+   16 bits, four of their spacings in place of both.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exegete.agent.awaiting import awaited
 from exegete.agent.findings import Findings, Table
+from exegete.agent.investigation.asked import folder_of
 from exegete.agent.investigation.contract import Call, Headline, Result
-from exegete.agent.investigation.record import RECORD, ExperimentRecord, InvestigationRecord, read_record
+from exegete.agent.investigation.record import RECIPE, RECORD, ExperimentRecord, InvestigationRecord, read_record
 from exegete.tools.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-3
 """Share of the largest stored figure that figures may differ by."""
+LEAST = 1e-4
+"""What they may differ by in any case."""
 _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of numbers about 1."""
 _FIGURES = ("value", "low", "high", "control_value", "control_low", "control_high")
@@ -83,12 +89,22 @@ class Rerun:
         return Findings(facts, [*lines, end], tables)
 
 
-def find(named: str, store: Path | None) -> tuple[InvestigationRecord, str]:
-    """Return the record and the experiment's id that `named` (`INVESTIGATION/E3`) means.
+@dataclass(frozen=True)
+class Named:
+    """An experiment that somebody has named."""
+
+    record: InvestigationRecord
+    experiment: str
+    folder: Path
+    """Of the investigation."""
+
+
+def find(named: str, store: Path | None) -> Named:
+    """Return the experiment that `named` (`INVESTIGATION/E3`) means.
 
     Args:
-        named: the investigation by its id in `store`, or by its folder.
-        store: folder of the store; None where `named` begins with a folder.
+        named: the investigation by its folder, or by its id where it is kept.
+        store: where it is kept; None for `out`, where investigations without a store are.
 
     Raises:
         UserError: it names no experiment, or there is no such record.
@@ -96,19 +112,41 @@ def find(named: str, store: Path | None) -> tuple[InvestigationRecord, str]:
     investigation, _, experiment = named.rpartition("/")
     if not investigation or not experiment:
         raise UserError(f"{named!r} names no experiment; expected INVESTIGATION/E3, for example i-20261121/E3")
-    if (Path(investigation) / RECORD).exists():
-        record = read_record(Path(investigation))
-    elif store is None:
-        raise UserError(
-            f"{investigation!r} is no folder of an investigation; name the store that it is in (--store DIR)"
-        )
-    else:
-        record = read_record(store / "investigations" / investigation)
+    folder = Path(investigation)
+    if not (folder / RECORD).exists():
+        folder = folder_of(investigation, store, None)
+    record = read_record(folder)
     record.experiment(experiment)
-    return record, experiment
+    return Named(record, experiment, folder)
 
 
-def rerun(record: InvestigationRecord, experiment: str, live: Live, judge: Client | None = None) -> Rerun:
+def rerun_named(named: Named, live: Live) -> Rerun:
+    """Do an experiment again as `rerun`; where the metric is judged, the judge's replies that are journaled are not asked again."""
+    record = named.record
+    if record.metric is None or record.metric.kind != "judged":
+        return rerun(record, named.experiment, live)
+    return awaited(_judged(named, live))
+
+
+async def _judged(named: Named, live: Live) -> Rerun:
+    from exegete.agent.investigation.language_models import checked_models, language_models
+
+    record = named.record
+    opened = record.opened.get("config")
+    free = record.budget.usd is None
+    judge, models = checked_models(RECIPE, record.judge, record.budget, free, Path(opened) if opened else None)
+    async with language_models(named.folder, record.id, RECIPE, judge, models) as asked:
+        loop = asyncio.get_running_loop()
+        return await asyncio.to_thread(rerun, record, named.experiment, live, asked.judge, loop)
+
+
+def rerun(
+    record: InvestigationRecord,
+    experiment: str,
+    live: Live,
+    judge: Client | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> Rerun:
     """Do an experiment again and return it beside what is stored.
 
     Args:
@@ -116,6 +154,7 @@ def rerun(record: InvestigationRecord, experiment: str, live: Live, judge: Clien
         experiment: its id, for example `E3`.
         live: subject and dictionary, the same as then.
         judge: where the metric is judged.
+        loop: in which the judge is asked; None where it may be asked in any.
 
     Raises:
         UserError: they are others, the experiment never ended or was refused, or there is no such experiment.
@@ -139,6 +178,7 @@ def rerun(record: InvestigationRecord, experiment: str, live: Live, judge: Clien
         judge=judge,
         controls=record.controls,
         sealed=record.sealed,
+        loop=loop,
     )
     prediction = {name: value for name, value in asdict(one.prediction).items() if value is not None}
     result = Toolbelt(bench).run(Call(one.id, one.tool, {**prediction, **one.arguments}))
@@ -152,7 +192,8 @@ def compare(
     """Return every figure of a headline, then and now, and what they may differ by."""
     was, found = ({} if one is None else asdict(one) for one in (before, now))
     largest = max((abs(was[name]) for name in _FIGURES if was.get(name) is not None), default=0.0)
-    rounding = max(ROUNDING, 4 * _SPACING.get(dtype, 0.0)) * largest
+    coarse = 4 * _SPACING.get(dtype, 0.0)
+    rounding = max(ROUNDING * largest, LEAST, coarse * largest, coarse)
     names = [name for name in (*_FIGURES, *_COUNTS) if was.get(name) is not None or found.get(name) is not None]
     return tuple(_compared(name, was, found, 0.0 if name in _COUNTS else rounding) for name in names), rounding
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_clients import FakeClient
 from investigation_records import investigation
 from typer.testing import CliRunner
 
 from exegete.agent import rerun_cli
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Call, Case, Headline, Metric, Prediction
+from exegete.agent.investigation.language_models import LanguageModels
 from exegete.agent.investigation.record import ExperimentRecord, InvestigationRecord, write_record
-from exegete.agent.investigation.rerun import compare, find, rerun
+from exegete.agent.investigation.rerun import Named, compare, find, rerun, rerun_named
 from exegete.agent.investigation.toolbelt import Toolbelt
 from exegete.agent.live import Live
 from exegete.tools.bundled import sample_texts
@@ -131,6 +135,35 @@ def test_what_never_ended_or_was_refused_is_not_done_again(record: Investigation
         rerun(record, "E7", bench.live)
 
 
+def test_a_judged_experiment_is_done_again_with_the_judge_of_its_journal(
+    record: InvestigationRecord, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = FakeClient(lambda text, _: {"meets": " DESC" in text})
+    metric = Metric("judged", criterion="It sorts.", tokens=2, samples=1)
+    own = replace(bench, cases=bench.cases[:4], metric=metric, judge=judge, controls=2)
+    arguments = {"hypothesis": "H1", "because": "b", "high": 1.0, "latents": [3, 7]}
+    found = Toolbelt(own).run(Call("c", "ablate", arguments))
+    assert found.status == "ok" and found.outcome.headline is not None
+    one = replace(record.experiments[0], arguments=arguments, status="ok", headline=found.outcome.headline)
+    judged = replace(
+        record, cases=own.cases, metric=metric, controls=2, experiments=(one,), judge="openai:m@http://127.0.0.1:9/v1"
+    )
+    opened: list[Any] = []
+
+    @asynccontextmanager
+    async def language_models(*given: Any) -> AsyncIterator[LanguageModels]:
+        opened.append(given)
+        yield LanguageModels(judge=judge)
+
+    monkeypatch.setattr("exegete.agent.investigation.language_models.language_models", language_models)
+    done = rerun_named(Named(judged, "E1", tmp_path), bench.live)
+    assert done.agrees and done.compared
+    [(folder, run, _, spec, _)] = opened
+    assert (folder, run, spec) == (tmp_path, record.id, "openai:m@http://127.0.0.1:9/v1")
+    without = rerun(judged, "E1", bench.live)
+    assert not without.agrees and "needs a language model that judges" in without.result.outcome.text
+
+
 def test_rounding_is_a_share_of_the_largest_figure() -> None:
     before = Headline("change", -2.0, -3.0, -1.0, 6, "random", 0.0, -0.1, 0.1, 20)
     compared, rounding = compare(before, replace(before, value=-2.0029, control_value=0.0029))
@@ -138,29 +171,36 @@ def test_rounding_is_a_share_of_the_largest_figure() -> None:
     compared, _ = compare(before, replace(before, value=-2.0031))
     assert [one.name for one in compared if not one.agrees] == ["value"]
     assert compare(before, before, "bfloat16")[1] == pytest.approx(3 * 4 / 128)
+    small = Headline("interaction", 2e-6, -2e-6, 6e-6, 6)
+    assert all(one.agrees for one in compare(small, replace(small, value=-5e-5))[0])
+    assert compare(small, small, "bfloat16")[1] == pytest.approx(4 / 128)
     compared, _ = compare(before, None)
     assert compared and not any(one.agrees for one in compared)
     compared, _ = compare(None, before)
     assert compared and not any(one.agrees for one in compared)
-    assert compare(None, None) == ((), 0.0)
+    assert compare(None, None)[0] == ()
     compared, _ = compare(replace(before, control_value=None), before)
     assert [one.name for one in compared if not one.agrees] == ["control value"]
 
 
-def test_an_experiment_is_named_by_store_and_id_or_by_folder(tmp_path: Path) -> None:
+def test_an_experiment_is_named_by_store_and_id_or_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "investigations" / "i-0001"
     folder.mkdir(parents=True)
     write_record(investigation(), folder)
-    assert find("i-0001/E2", tmp_path) == find(f"{folder}/E2", None) == (investigation(), "E2")
-    for named, store, message in (
-        ("E2", tmp_path, "expected INVESTIGATION/E3"),
-        ("i-0001/", tmp_path, "expected INVESTIGATION/E3"),
-        ("i-0001/E2", None, "--store DIR"),
-        ("i-0002/E2", tmp_path, "cannot read"),
-        ("i-0001/E9", tmp_path, "no experiment 'E9'"),
+    monkeypatch.chdir(tmp_path)
+    assert find("i-0001/E2", tmp_path) == find(f"{folder}/E2", None) == Named(investigation(), "E2", folder)
+    folder.parent.rename(tmp_path / "moved")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "out" / "investigations")
+    assert find("i-0001/E2", None).folder == Path("out/investigations/i-0001")
+    for named, message in (
+        ("E2", "expected INVESTIGATION/E3"),
+        ("i-0001/", "expected INVESTIGATION/E3"),
+        ("i-0002/E2", "cannot read"),
+        ("i-0001/E9", "no experiment 'E9'"),
     ):
         with pytest.raises(UserError, match=message):
-            find(named, store)
+            find(named, None)
 
 
 def test_the_command_opens_what_was_open_and_exits_with_1_where_a_figure_differs(
