@@ -46,7 +46,11 @@ def rerun(
 
 
 def wanted(record: InvestigationRecord, store: Path | None, given: dict[str, Any]) -> Wanted:
-    """Return what to open: as the investigation opened it, but for what is `given`; its store where that is named now."""
+    """Return what to open: as the investigation opened it, but for what is `given`.
+
+    An investigation with a store has its firing rates from there, so controls are drawn by them again: from `store`, or where
+    that is None from where the store was.
+    """
     from exegete.agent.live import Wanted
 
     opened = {name: value for name, value in record.opened.items() if name in Wanted.__dataclass_fields__}
@@ -55,5 +59,5 @@ def wanted(record: InvestigationRecord, store: Path | None, given: dict[str, Any
         opened = {name: value for name, value in opened.items() if name not in ("config", "subject", "dictionary")}
     settled = opened | {name: value for name, value in given.items() if value is not None}
     paths = {name: Path(settled[name]) for name in ("config",) if settled.get(name)}
-    known = store if record.origin.get("store") is not None else None
-    return Wanted(**{**settled, **paths, "store": known})
+    was = record.origin.get("store")
+    return Wanted(**{**settled, **paths, "store": None if was is None else store or Path(was)})

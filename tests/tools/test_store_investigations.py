@@ -110,6 +110,7 @@ def test_an_investigation_that_ends_while_another_process_writes_is_taken_in_by_
         keep(investigation(), tmp_path)
         with pytest.raises(UserError, match="is writing to the store"), store.writer():
             pytest.fail("two writers at once")
+        assert not store.show_investigations()
         writer.record(run, [record(1)])
         assert writer.publish_soon(0.0)
         writer.record(run, [record(2)])
@@ -191,6 +192,14 @@ def test_stores_of_the_former_schema_are_brought_up_and_their_snapshots_still_re
     published(store)
     assert asked(store, ABOUT_17) == [("i-0001/C1",)]
     assert utc_now() > asked(store, "SELECT published_at FROM snapshot")[0][0]
+
+
+def test_an_investigation_that_ends_while_nobody_writes_is_shown_at_once(tmp_path: Path) -> None:
+    keep(investigation(), published(tmp_path))
+    assert asked(tmp_path, ABOUT_17) == []
+    assert Store.open(tmp_path).show_investigations()
+    assert asked(tmp_path, ABOUT_17) == [("i-0001/C1",)]
+    assert asked(tmp_path, "SELECT parameters->>'stopped' FROM investigations") == [("",)]
 
 
 def test_a_models_sql_cannot_open_the_records(tmp_path: Path) -> None:

@@ -133,6 +133,21 @@ class Store:
             finally:
                 writer.close()
 
+    def show_investigations(self) -> bool:
+        """Take in the records of investigations and publish them, where no other process writes; return whether that was done.
+
+        A process that writes does both by itself, at its next publishing.
+
+        Raises:
+            UserError: the store has a newer schema, or the disk is full.
+        """
+        try:
+            with self.writer() as writer:
+                writer.publish()
+        except BeingWritten:
+            return False
+        return True
+
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:

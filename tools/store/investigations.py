@@ -126,7 +126,7 @@ def rows_of(record: Mapping[str, Any], name: str, identity: str) -> dict[str, li
 
 def _investigation(record: Mapping[str, Any], identity: str) -> Row:
     origin, spent = record["origin"], record["spent"]
-    parameters = {key: record[key] for key in ("budget", "controls", "judge", "opened")}
+    parameters = {key: record[key] for key in ("budget", "controls", "judge", "opened", "stopped")}
     return {
         "investigation_id": record["id"],
         "record": identity,

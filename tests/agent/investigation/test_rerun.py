@@ -240,4 +240,5 @@ def test_what_is_named_now_takes_the_place_of_what_was_open(tmp_path: Path) -> N
     assert (same.config, same.device, same.batch_tokens, same.store) == (Path("a.toml"), "cuda", 512, tmp_path)
     other = rerun_cli.wanted(record, None, nothing | {"subject": "s", "dictionary": "d", "device": "cpu"})
     assert (other.config, other.subject, other.dictionary, other.device) == (None, "s", "d", "cpu")
-    assert other.store is None
+    assert other.store == Path("elsewhere")
+    assert rerun_cli.wanted(investigation(), tmp_path, nothing).store is None  # It had none.
