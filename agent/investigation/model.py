@@ -121,7 +121,7 @@ class ModelInvestigator:
         known = {one.id: one for one in view.hypotheses}
         book = Notebook(len(turns) + 1, self._schemas, known, experiments, claims)
         book.take(reply.calls if reply.status == "ok" else ())
-        said = sendable(spoken(reply.text))
+        said = _words(reply.text)
         turn = Turn(told, said, tuple(book.asked), reply.status == "truncated")
         gave_up = _silent([*turns, turn]) >= MOST_SILENT
         return Decision(
@@ -250,6 +250,11 @@ def _silent(turns: Sequence[Turn]) -> int:
             break
         silent += 1
     return silent
+
+
+def _words(text: str) -> str:
+    """Return what a reply says, as it goes back: reasoning in tags, as local servers leave it in, is not part of it."""
+    return sendable(spoken(text.rpartition("</think>")[2].strip()))
 
 
 def _given_up(said: str) -> str:

@@ -153,9 +153,9 @@ def read_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def claims_of(asked: Iterable[Asked], schemas: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
-    """Return the claims that were written down by these calls of earlier replies."""
+    """Return the claims that were written down by these calls of earlier replies: those that did not fit do not fit now."""
     book = Notebook(0, schemas, {}, frozenset(), [])
-    book.take([ToolCall(one.id, one.name, one.arguments) for one in asked if one.name == "claim" and not one.failed])
+    book.take([ToolCall(one.id, one.name, one.arguments) for one in asked if one.name == "claim"])
     return book.claims
 
 

@@ -348,6 +348,12 @@ def test_silence_is_counted_in_a_row_only() -> None:
     )
 
 
+def test_words_go_back_without_reasoning_and_control_tokens() -> None:
+    work, client = begun(called(("lens", {}), text="<think>First \n hm.</think>\n\nI look.<|im_end|>"), FINISH)
+    work.end()
+    assert client.asked[1].messages[-2].text == "I look.‹|im_end|>"
+
+
 def test_a_reply_that_was_cut_off_does_nothing_and_is_told_so() -> None:
     half = replace(called(("lens", {}), ("ablate", '{"hypothesis": "H'), text="Let me"), status="truncated")
     work, client = begun(half, FINISH)
