@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from exegete.agent.findings import figure
 from exegete.agent.investigation.contract import Headline
 from exegete.agent.investigation.recipe_figures import SHARE, Figures
@@ -76,7 +78,7 @@ def _set(found: Figures) -> str:
         return "No small set of latents was found without which the behaviour is gone."
     listed = ", ".join(map(str, found.set))
     said = (
-        f"With a set of {len(found.set)} latents at zero ({listed}) the share of prompts that no longer show the behaviour is "
+        f"With a set of {_many(found.set)} at zero ({listed}) the share of prompts that no longer show the behaviour is "
         f"{_beside(found, 'minimal set', flipped)}"
     )
     if changed is not None:
@@ -92,7 +94,7 @@ def _carried(found: Figures) -> str:
     listed = ", ".join(map(str, found.carriers))
     verb = "acts" if found.carries else "cannot be shown to act"
     return (
-        f"With {len(found.carriers)} latents as they are on the variants ({listed}) that share is "
+        f"With {_many(found.carriers)} as they are on the variants ({listed}) that share is "
         f"{_beside(found, 'carriers', flipped)}, and the metric changes by {_beside(found, 'exchange', changed)}: what differs "
         f"between prompts and variants {verb} through them."
     )
@@ -114,10 +116,11 @@ def _more(found: Figures) -> str:
 
 
 def _hits(found: Figures) -> str:
-    settled = [result.predicted for result in found.view.results if result.predicted is not None]
+    # An experiment that was asked for twice ran once.
+    settled = {result.experiment: result.predicted for result in found.view.results if result.predicted is not None}
     if not settled:
         return ""
-    return f"Of the predictions, all made by fixed rules, {sum(settled)} of {len(settled)} held."
+    return f"Of the predictions, all made by fixed rules, {sum(settled.values())} of {len(settled)} held."
 
 
 def _beside(found: Figures, id: str, known: Headline) -> str:
@@ -126,6 +129,10 @@ def _beside(found: Figures, id: str, known: Headline) -> str:
     beside = figure(known.control_value, known.control_low, known.control_high)
     control = f"; {known.control}: {beside}, n = {known.control_n}" if beside else ""
     return f"{value} (n = {known.n}{_cite(found, id)}{control})"
+
+
+def _many(latents: Sequence[int]) -> str:
+    return f"{len(latents)} latent{'' if len(latents) == 1 else 's'}"
 
 
 def _cite(found: Figures, id: str) -> str:

@@ -35,7 +35,13 @@ from .conftest import cases_of
 
 CASE = Case("… ORDER BY age", " DESC", " ASC", "… the other way ORDER BY age")
 METRIC = Metric("log_probability")
-FLAT = {"control": "random sets", "control_value": 0.0, "control_low": -0.1, "control_high": 0.1, "control_n": 20}
+FLAT: dict[str, Any] = {
+    "control": "random sets",
+    "control_value": 0.0,
+    "control_low": -0.1,
+    "control_high": 0.1,
+    "control_n": 20,
+}
 
 
 def decided(results: list[Result], metric: Metric = METRIC, case: Case = CASE, steps_left: int = 30) -> Decision:
@@ -144,7 +150,7 @@ def test_what_lies_beyond_its_controls_is_claimed() -> None:
 
 @pytest.mark.parametrize("broken", ["minimal set", "ablate set"])
 def test_what_a_control_does_as_well_is_not_claimed(broken: str) -> None:
-    random = {"control_low": -9.0, "control_high": 0.95}
+    random: dict[str, Any] = {"control_low": -9.0, "control_high": 0.95}
     results = [
         replace(one, outcome=replace(one.outcome, headline=replace(one.outcome.headline, **random)))
         if one.call.id == broken and one.outcome.headline
@@ -197,6 +203,12 @@ def test_a_judged_metric_has_no_gradient_so_what_differs_is_searched() -> None:
     compared = result("compare", {"latents": rows}, Headline("latents that differ", 2.0), "E1")
     calls = decided([prompts(mean=0.9), failed, compared], Metric("judged", criterion="it apologises")).calls
     assert [call.tool for call in calls] == ["minimal_set"] and calls[0].arguments["candidates"] == [5, 9]
+
+
+def test_an_experiment_that_was_asked_for_twice_counts_once() -> None:
+    one, *rest = searched()
+    again = replace(rest[1], call=replace(rest[1].call, id="ablate third"), experiment="E2")
+    assert "11 of 11 held" in decided([one, *rest, again]).answer
 
 
 def test_with_one_step_left_it_ends_with_what_there_is() -> None:
