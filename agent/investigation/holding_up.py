@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from exegete.agent.findings import estimated, figure, plain
-from exegete.agent.investigation.arms import MATCHED, WORDS, bars_of, named, told
+from exegete.agent.investigation.arms import MATCHED, WORDS, as_json, bars_of, named, told
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Headline, Outcome
 from exegete.agent.investigation.fencing import fenced, quoted
@@ -124,7 +124,11 @@ def minimal_set(
     lines += [f"latent {one} {_label(bench, one)}" for one in found.latents[:10]]
     count = found.search_prompts
     lines.append(f"{count.used} prompts show the behaviour clean; {found.candidates} candidates")
-    facts = {"metric": own.metric, "how": how, "latents": found.latents, "candidates": chosen, "set": found}
+    done = [ablation.of(bench.live.dictionary, found.latents, prompt) for prompt in own.prompts]
+    facts = {
+        "metric": own.metric, "how": how, "latents": found.latents, "candidates": chosen, "set": found,
+        "prompts": _cleans(own), "interventions": as_json(done),
+    }  # fmt: skip
     return Outcome("\n".join(lines), headline, plain(facts), (bars_of(headline, "share of prompts", "the set"),))
 
 

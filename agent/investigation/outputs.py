@@ -65,17 +65,12 @@ def generate(
     chosen = tuple(bench.latents(latents)) if latents else ()
     sets = [chosen, *matched_sets(bench, chosen, _FEW_SETS)] if chosen else []
     changes = [one for one in _changes(bench, sets, how, kl) if one is not None]
-    if sets and len(changes) < 1:
-        raise ToolError(f"no strength brings {named(chosen)} to KL {kl:g}; try a smaller one")
     trials = [Trial(start, change) for change in [CLEAN, *changes] for start in starts]
     found = written(bench.live.model, trials, tokens, temperature=temperature, seed=bench.seed)
     rows = [[one.tokens for one in found[at : at + len(starts)]] for at in range(0, len(found), len(starts))]
-    headline = _wrote(bench, rows, "" if texts else "search prompts") if not chosen else _differs(rows, chosen, how, kl)
+    headline = _wrote(bench, rows, asked=not texts) if not chosen else _differs(rows, chosen, how, kl)
     shown = [[bench.live.model.text(one) for one in row] for row in rows[:2]]
-    lines = told(headline, "")
-    for number, start in enumerate(given):
-        lines.append(fenced("prompt", start[-60:], number + 1))
-        lines += [fenced(name, row[number], number + 1) for name, row in zip(("clean", "changed"), shown, strict=False)]
+    lines = [*told(headline, ""), *_text_lines(given, shown)]
     facts = {
         "latents": list(chosen), "how": how, "kl": kl, "temperature": temperature, "prompts": given,
         "clean": shown[0], "changed": shown[1] if chosen else None,
@@ -121,6 +116,15 @@ def lens(bench: Bench, latents: list[int], kl: float = 0.5, top: int = 8) -> Out
     return Outcome("\n".join([*told(headline, "nats"), *lines]), headline, plain(facts))
 
 
+def _text_lines(prompts: Sequence[str], shown: Sequence[Sequence[str]]) -> list[str]:
+    """Return each prompt with its continuations, clean and, where there is one, changed."""
+    lines = []
+    for number, prompt in enumerate(prompts):
+        lines.append(fenced("prompt", prompt[-60:], number + 1))
+        lines += [fenced(name, row[number], number + 1) for name, row in zip(("clean", "changed"), shown, strict=False)]
+    return lines
+
+
 def _changes(bench: Bench, sets: Sequence[Latents], how: str, kl: float) -> list[Intervention | None]:
     """Return what is done to each set; None where the KL cannot be reached. Of the first set it raises instead."""
     if how == "zero":
@@ -144,9 +148,10 @@ def _differs(rows: Sequence[Sequence[Tokens]], latents: Latents, how: str, kl: f
     )  # fmt: skip
 
 
-def _wrote(bench: Bench, rows: Sequence[Sequence[Tokens]], of: str) -> Headline:
+def _wrote(bench: Bench, rows: Sequence[Sequence[Tokens]], *, asked: bool) -> Headline:
+    """Return how often the answer is written first; no figure where other texts than those asked about are continued."""
     answers = bench.measurable.answers
-    if not of or not answers:
+    if not asked or not answers:
         return Headline("clean continuations", None, n=len(rows[0]))
     first = np.array([bool(one) and one[0] == answer for one, answer in zip(rows[0], answers, strict=False)])
     own = share(first)

@@ -108,21 +108,7 @@ def steer(
     done = f"{named(chosen)} turned {direction} to KL {kl:g}"
     rises = float(np.nanmean(found.arms.change)) > 0
     outcome = report(found.arms, done, facts, to="came" if rises else "gone", control=f"{MATCHED}, at the same KL")
-    curve, ladder = _ladder(bench, own, chosen, found, sign, positions)
-    beside = found.direction
-    assert beside is not None and outcome.headline is not None
-    lines = [
-        f"strength {figure(found.matched.strength)}, in units of activation; KL {figure(found.matched.kl)}",
-        told(beside, own.metric.unit)[1],
-        "at other KLs: " + "; ".join(f"{point['kl']:.3g}: {figure(point['change'])}" for point in ladder),
-    ]
-    text = outcome.text.split("\n")
-    return replace(
-        outcome,
-        text="\n".join([*text[:2], *lines, *text[2:]]),
-        facts={**outcome.facts, "ladder": plain(ladder)},
-        plots=(*outcome.plots, curve),
-    )
+    return _with_ladder(outcome, found, *_ladder(bench, own, chosen, found, sign, positions))
 
 
 def steered(
@@ -200,6 +186,23 @@ def _unreachable(found: Steered, latents: Latents, facts: dict[str, Any]) -> Out
         "smaller KL, or positions = all"
     )
     return Outcome(text, headline, plain({**facts, "latents": latents}))
+
+
+def _with_ladder(outcome: Outcome, found: Steered, curve: dict[str, Any], ladder: Sequence[dict[str, Any]]) -> Outcome:
+    """Add the directions beside the latents, and what other KLs do."""
+    assert found.arms is not None and found.direction is not None
+    lines = [
+        f"strength {figure(found.matched.strength)}, in units of activation; KL {figure(found.matched.kl)}",
+        told(found.direction, found.arms.measurable.metric.unit)[1],
+        "at other KLs: " + "; ".join(f"{point['kl']:.3g}: {figure(point['change'])}" for point in ladder),
+    ]
+    text = outcome.text.split("\n")
+    return replace(
+        outcome,
+        text="\n".join([*text[:2], *lines, *text[2:]]),
+        facts={**outcome.facts, "ladder": plain(ladder)},
+        plots=(*outcome.plots, curve),
+    )
 
 
 def _ladder(

@@ -138,8 +138,8 @@ async def verify(
     Raises:
         UserError: a held-out prompt cannot be measured, or as `LiveModel.run`.
     """
-    loop = bench.loop or asyncio.get_running_loop()
-    own = replace(bench, loop=loop)
+    # Not a copy where it has a loop already: what the bench has measured once stays with it.
+    own = bench if bench.loop is not None else replace(bench, loop=asyncio.get_running_loop())
     return await asyncio.to_thread(verdicts, own, held_out, claims, known, controls, tuple(alternatives))
 
 

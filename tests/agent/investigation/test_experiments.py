@@ -230,7 +230,7 @@ def test_probe_beside_the_residual_and_shuffled_labels(few: Bench) -> None:
     model = few.live.model
     ascending = [case.variant for case in few.cases if case.variant]
     tables = [case.prompt.split("\n")[0] for case in few.cases]
-    found = run(few, "probe", positive=ascending[:4], negative=tables[:4])
+    found = run(few, "probe", positive=ascending[:3], negative=tables[:3])
     own = found.headline
     assert own is not None and own.value == 1 and own.control_value is not None and own.control_value < 0.9
     assert found.facts["probes"]["results"][0]["dense"]["value"] == 1 and model is not None

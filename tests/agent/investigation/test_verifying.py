@@ -17,6 +17,8 @@ from exegete.agent.investigation.arms import Arms
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Case, Claim, Metric, Verdict
 from exegete.agent.investigation.family import holm, paired_p, random_sets_needed, rank_p, widened
+from exegete.agent.investigation.passes import counting
+from exegete.agent.investigation.shared_model import Sharing
 from exegete.agent.investigation.toolbelt import every_tool
 from exegete.agent.investigation.verifying import Measured, _judged, verify
 from exegete.tools.ablation_sets import random_sets
@@ -144,6 +146,15 @@ def test_what_cannot_be_checked_counts_in_the_family(bench: Bench, held_out: tup
     assert alone.status == "verified" and among.status == "failed" and "for 4 claims together" in among.why
     assert alone.effect is not None and among.effect is not None
     assert (among.effect.high or 0) > (alone.effect.high or 0)
+
+
+def test_what_takes_more_passes_than_are_left_is_unverified(bench: Bench, held_out: tuple[Case, ...]) -> None:
+    with Sharing(bench.live) as sharing:
+        own = replace(bench, live=sharing.live())
+        with counting(len(bench.texts) + 100) as count:
+            (verdict,) = check(own, held_out, causal([954, 811, 253]))
+    assert verdict.status == "unverified" and "forward passes are needed" in verdict.why
+    assert count.refused and count.used <= len(bench.texts) + 100
 
 
 def test_ten_claims_of_nothing_give_none_verified(bench: Bench, held_out: tuple[Case, ...]) -> None:
