@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exegete.agent import audit_cli, instrument_cli, rerun_cli, search_cli, slices_cli, watch_cli
+from exegete.agent import ask_cli, audit_cli, instrument_cli, rerun_cli, search_cli, slices_cli, watch_cli
 from exegete.tools.errors import ExegeteError, UserError
 from exegete.tools.rendering import visible
 
@@ -240,6 +240,7 @@ app.registered_commands += slices_cli.app.registered_commands
 app.registered_commands += watch_cli.app.registered_commands
 app.registered_commands += search_cli.app.registered_commands
 app.registered_commands += rerun_cli.app.registered_commands
+app.registered_commands += ask_cli.app.registered_commands
 
 
 @evidence_app.command("import")

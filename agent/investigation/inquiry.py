@@ -119,10 +119,12 @@ class Inquiry:
     interactive: bool = False
     _bench: Bench | None = None
     _tools: Toolbelt | None = None
+    _closed: bool = False
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "exegete experiment"))
 
     def close(self) -> None:
-        """Start no more calls."""
+        """Start no more calls, and write down nothing of those that still run."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def frame(self, state: State) -> State:
@@ -174,7 +176,8 @@ class Inquiry:
         self._check_stopping()
         step = state["step"]
         tools, plan = await self._opened(), await self._plan(step)
-        await Running(self.ledger, tools, self._threads, step, self._search_passes()).run(plan)
+        most = self._search_passes()
+        await Running(self.ledger, tools, self._threads, step, most, lambda: self._closed).run(plan)
         return {}
 
     async def update(self, state: State) -> State:

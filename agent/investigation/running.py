@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,8 +37,17 @@ class Attempt:
 class Running:
     """Runs the calls of one decision."""
 
-    def __init__(self, ledger: Ledger, tools: Toolbelt, threads: Executor, step: int, most: int | None) -> None:
-        """Allow the whole search `most` passes; None is no limit."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        tools: Toolbelt,
+        threads: Executor,
+        step: int,
+        most: int | None,
+        closed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Allow the whole search `most` passes; None is no limit. Once `closed()`, nothing more is written down."""
+        self._closed = closed
         self._ledger = ledger
         self._tools = tools
         self._threads = threads
@@ -88,6 +97,9 @@ class Running:
         begun = time.perf_counter()
         with counting(most) as count:
             result = self._tools.run(call)
+        if self._closed():
+            # The model was taken away from it: that says nothing about the call.
+            raise asyncio.CancelledError
         if count.refused and result.status != "ok":
             result = refused(result)
         return Attempt(result, count.used, time.perf_counter() - begun)

@@ -22,6 +22,7 @@ from torch import Tensor
 from exegete.agent.investigation.passes import current
 from exegete.agent.live import Live
 from exegete.tools.editing import Editor
+from exegete.tools.errors import UserError
 from exegete.tools.generation import Continuation
 from exegete.tools.live_model import Keep, LiveModel, Reading, Trial
 from exegete.tools.scheduling import Scheduler, Statistics
@@ -33,18 +34,26 @@ T = TypeVar("T")
 class Sharing:
     """One scheduler over one live model. A context manager; give `live()` to each investigation."""
 
-    def __init__(self, live: Live, *, scheduler: Scheduler | None = None, waiting_s: float = 0.002) -> None:
+    def __init__(
+        self,
+        live: Live,
+        *,
+        scheduler: Scheduler | None = None,
+        batch_tokens: int | None = None,
+        waiting_s: float = 0.002,
+    ) -> None:
         """Share a live model.
 
         Args:
             live: the model with its dictionary.
             scheduler: over `live.model`, where there is one already, as for a labeling run that goes on at the same time; it is
                 not closed with this.
+            batch_tokens: see `Scheduler`.
             waiting_s: see `Scheduler`.
         """
         self._live = live
         self._own = scheduler is None
-        self.scheduler = scheduler or Scheduler(live.model, waiting_s=waiting_s)
+        self.scheduler = scheduler or Scheduler(live.model, batch_tokens=batch_tokens, waiting_s=waiting_s)
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +135,8 @@ class SharedModel(LiveModel):
     @contextmanager
     def editing(self, batch: Batch) -> Iterator[Editor]:
         """Hold the model to itself, with the interventions of `batch` in place."""
+        if self._caller.closed:
+            raise UserError("this caller is closed; open another one and call again")
         with self._inside, super().editing(batch) as editor:
             yield editor
 

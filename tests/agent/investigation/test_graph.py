@@ -299,3 +299,25 @@ def test_a_bug_in_a_tool_is_raised_once_the_others_have_ended(tmp_path: Path) ->
     finally:
         one.close()
         one.ledger.close()
+
+
+def test_a_call_that_is_broken_off_is_not_finished(undisturbed: InvestigationRecord, tmp_path: Path) -> None:
+    folder = tmp_path / undisturbed.id
+    together = threading.Barrier(3)
+    one = inquiry(folder, together=together)
+
+    async def broken_off() -> None:
+        work = asyncio.create_task(investigated(one))
+        while together.n_waiting < 2:
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        one.close()
+        together.wait()  # Now both go on, and nobody takes what they found.
+
+    asyncio.run(broken_off())
+    one._threads.shutdown(wait=True)
+    assert [found.result.call.id for found in one.ledger.calls()] == ["1-0"]
+    one.ledger.close()
+    assert as_lines(run(folder)) == as_lines(undisturbed)
