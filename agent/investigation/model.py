@@ -52,7 +52,10 @@ _FRAME_SCHEMA = schema_text(
         "additionalProperties": False,
     }
 )
-_WAY_OUT = "say how the behaviour is measured: a metric of kind log_odds, log_probability or judged"
+_WAY_OUT = (
+    "say how the behaviour is measured: --metric log_odds, log_probability or judged, with --answer, --other or "
+    "--criterion (from Python, metric=Metric(…))"
+)
 
 
 class ModelInvestigator:

@@ -187,6 +187,8 @@ def test_a_whole_investigation() -> None:
     ]
     assert client.asked[1].messages[-1].text == "E1: the headline figure was as predicted.\n11 replies are left."
     assert results_of(client.asked[2]) == [("H1 is supported.", False), ("Written down as claim 1.", False)]
+    # Of the experiments of the reply before, and not of older ones again.
+    assert client.asked[2].messages[-1].text == "10 replies are left."
 
 
 def test_requests_grow_by_one_exchange_and_share_what_was_there() -> None:
