@@ -90,8 +90,10 @@ def _blocks(page: Page) -> Iterator[str]:
 
 
 def _said(page: Page, text: str) -> str:
-    """Return a text of the investigator's, marked where that is a language model."""
-    return f"{plain_text(text)} *({page.whose})*" if page.whose and text else plain_text(text)
+    """Return a text of the investigator's, with links to what it cites, marked where it is not the recipe's."""
+    known = {one.experiment.id for one in page.experiments} | {one.id for one in page.claims}
+    shown = re.sub(r"\b[EC]\d+\b", lambda found: _link(found[0]) if found[0] in known else found[0], plain_text(text))
+    return f"{shown} *({page.whose})*" if page.whose and text else shown
 
 
 def _claim(page: Page, claim: ClaimShown) -> Iterator[str]:

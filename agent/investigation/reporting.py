@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -46,8 +47,10 @@ from exegete.tools.errors import UserError
 from exegete.tools.rendering import visible
 from exegete.tools.store import connect
 
-MOST_LATENTS = 24
-"""Latents that get a card; claims' first."""
+MOST_LATENTS = 500
+"""Latents that are listed; claims' first."""
+MOST_CARDS = 24
+"""Latents that are shown with windows on which they fire."""
 MOST_FACTS = 20_000
 """Characters of an experiment's facts that the page shows; the record has all of them."""
 PREDICTED = ("hypothesis", "because", "low", "high")
@@ -124,7 +127,12 @@ class Page:
     """Hypothesis → experiments that tested it."""
     latents: tuple[LatentShown, ...]
     left_out: int
-    """Latents without a card."""
+    """Latents that are not listed."""
+
+    @property
+    def listed(self) -> frozenset[int]:
+        """The latents that are."""
+        return frozenset(one.latent for one in self.latents)
 
 
 def write_report(record: InvestigationRecord, folder: Path) -> Path:
@@ -158,9 +166,20 @@ def html(shown: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize
     )
+    known = {one.experiment.id for one in shown.experiments} | {one.id for one in shown.claims}
+    environment.filters["cited"] = lambda text: _linked(text, known)
     environment.filters |= {"lines": lambda text: Markup("\n").join(escape(visible(line)) for line in text.split("\n"))}
     source = files("exegete.agent.investigation").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(page=shown, record=shown.record, verdicts=VERDICTS)
+
+
+def _linked(text: str, known: Collection[str]) -> Markup:
+    """Return a text, escaped, with links where it names an experiment or a claim that there is."""
+    pieces = re.split(r"\b([EC]\d+)\b", visible(text))
+    link = Markup('<a href="#{0}">{0}</a>')
+    return Markup("").join(
+        link.format(piece) if at % 2 and piece in known else escape(piece) for at, piece in enumerate(pieces)
+    )
 
 
 def page(record: InvestigationRecord, folder: Path) -> Page:
@@ -263,7 +282,7 @@ def _latents(record: InvestigationRecord) -> tuple[tuple[LatentShown, ...], int]
     order += [latent for one in record.experiments for latent in named_latents(one.arguments)]
     order += sorted(record.labels)
     latents = list(dict.fromkeys(order))
-    cards = _cards(record, latents[:MOST_LATENTS])
+    cards = _cards(record, latents[:MOST_CARDS])
     shown = tuple(
         LatentShown(
             latent,

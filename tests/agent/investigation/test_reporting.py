@@ -147,6 +147,22 @@ def test_every_number_links_to_where_it_comes_from() -> None:
     assert "exegete rerun i-0001/E1 --store 'my store'" in kept
 
 
+def test_what_a_text_cites_is_linked_where_there_is_such_an_experiment_or_claim() -> None:
+    source, plain = shown(investigation(answer="It falls (E1; E77; xE2, C2) <b>."))
+    assert '(<a href="#E1">E1</a>; E77; xE2, <a href="#C2">C2</a>) &lt;b&gt;.' in source
+    assert "([E1](#e1); E77; xE2, [C2](#c2)) &lt;b>." in plain
+
+
+def test_no_link_leads_nowhere_however_many_latents_a_claim_names() -> None:
+    record = investigation()
+    claim = replace(record.verdicts[0].claim, latents=tuple(range(600)))
+    many = replace(record, verdicts=(replace(record.verdicts[0], claim=claim),))
+    source, plain = shown(many)
+    assert set(re.findall(r'href="#([^"]+)"', source)) <= set(re.findall(r'id="([^"]+)"', source))
+    assert source.count('<tr id="latent-') == 498 and source.count('<article id="latent-') == 2
+    assert "100 more latents are named" in source and "100 more are named" in plain
+
+
 def test_three_of_four_predictions_have_the_known_interval() -> None:
     # Wilson (1927) at 3 of 4: centre (0.75 + 1.9207 / 4) / (1 + 3.8415 / 4) = 0.6275, half width 0.3269.
     assert hit_rate(investigation()) == "3 of 4 (75 %, 95 % interval 30 % to 95 %)"
