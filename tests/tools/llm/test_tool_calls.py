@@ -21,9 +21,11 @@ from exegete.tools.llm import (
     ToolResult,
     load_prices,
     open_client,
+    parse_spec,
     tool_text,
 )
 from exegete.tools.llm.journaled import JournaledClient
+from exegete.tools.llm.openai_client import OpenAIWire
 from exegete.tools.llm.prices import most_input_tokens
 from exegete.tools.llm.tool_calls import arguments_object, check_tools, told_apart
 from exegete.tools.store.journal import StoreJournal, packed, unpacked
@@ -183,6 +185,14 @@ def test_malformed_arguments_reach_the_caller_and_can_go_back(server: Running, o
     reply, last = asyncio.run(talk())
     assert [call.arguments_json for call in reply.calls] == [arguments]
     assert last.text == "I see."
+
+
+def test_an_empty_message_keeps_its_place_unless_results_stand_for_it() -> None:
+    wire = OpenAIWire(parse_spec("openai:m@http://localhost:1/v1"), Limits())
+    assert wire.body(Request((Message("user", ""),)))["messages"] == [{"role": "user", "content": ""}]
+    results = (ToolResult("a", "x"), ToolResult("b", "y"))
+    turns = (*START, Message("assistant", "", TWO), Message("user", "", results=results))
+    assert [turn["role"] for turn in wire.body(asking(turns))["messages"][2:]] == ["assistant", "tool", "tool"]
 
 
 def test_what_goes_back_is_an_object() -> None:
