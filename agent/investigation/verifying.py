@@ -297,24 +297,27 @@ def _judged(claim: Claim, found: Measured, p: float, family: int, alternatives: 
     arms = found.arms
     known = arms.change[np.isfinite(arms.change)]
     name = f"mean change of the {WORDS[arms.measurable.metric.kind]} on held-out prompts"
-    effect = _together(headline_of(arms.change, name, arms.control_changes, MATCHED), known, family)
+    control = MATCHED if found.direction is None else f"{MATCHED}, at the same KL"
+    effect = _together(headline_of(arms.change, name, arms.control_changes, control), known, family)
     direction = None if found.direction is None else _together(found.direction, known, family)
     flips = arms.flips("came" if claim.expects == "rises" else "gone")
     flipped = flips.headline("share of held-out prompts that flipped")
     against = [*_within(effect, found.sign), *([] if direction is None else _within(direction, found.sign))]
     if not p <= LEVEL:
-        against.append(f"p = {found.p:.2g} is {p:.2g} for {family} claims together, above {LEVEL:g}")
+        against.append(f"p = {found.p:.2g}, {_adjusted(p, family)}, which is above {LEVEL:g}")
     if claim.flips:
         against += _few_flips(flipped)
     shown = f"effect {figure(effect.value, effect.low, effect.high, effect.n)}"
-    why = (
-        "; ".join(against)
-        or f"{shown}, beyond that of {effect.control_n} {MATCHED}; p = {p:.2g} for {family} claims together"
-    )
+    beyond = f"{shown}, beyond that of {effect.control_n} {control}; p = {found.p:.2g}, {_adjusted(p, family)}"
+    why = "; ".join(against) or beyond
     return Verdict(
         claim, "failed" if against else "verified", f"{why} ({found.note})", effect, flipped, direction, found.p, p,
         alternatives,
     )  # fmt: skip
+
+
+def _adjusted(p: float, family: int) -> str:
+    return f"{p:.2g} adjusted for {family} causal claim{'s' if family > 1 else ''}"
 
 
 def _together(headline: Headline, values: Floats, family: int) -> Headline:
@@ -333,7 +336,7 @@ def _within(effect: Headline, sign: int) -> list[str]:
     if beyond:
         return []
     own, control = (f"[{low:.3g}, {high:.3g}]" for low, high in _ends(effect))
-    return [f"its interval {own} is not beyond {control}, where {effect.control} lie, and 0"]
+    return [f"its interval {own} does not lie beyond 0 and {control}, that of {effect.control}"]
 
 
 def _ends(effect: Headline) -> list[tuple[float, float]]:
