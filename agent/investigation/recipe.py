@@ -30,7 +30,7 @@ from exegete.agent.investigation.contract import (
     View,
 )
 from exegete.agent.investigation.recipe_answer import answered
-from exegete.agent.investigation.recipe_figures import SHARE, Figures
+from exegete.agent.investigation.recipe_figures import LEADERS, SHARE, Figures
 from exegete.tools.errors import UserError
 
 __all__ = ["Recipe"]
@@ -109,7 +109,7 @@ def sought(found: Figures) -> list[Call]:
 
 def taken_out(found: Figures) -> list[Call]:
     """The leaders of the attribution, alone and together, and with what they are on the variants."""
-    if not found.present or not found.leaders:
+    if not found.present:
         return []
     because = f"The attribution's estimate, divided and multiplied by {FACTOR:g}."
     alone = zip(ALONE, found.leaders, strict=False)
@@ -121,10 +121,11 @@ def taken_out(found: Figures) -> list[Call]:
     if len(every) > 1:
         because = f"The sum of the attribution's estimates, divided and multiplied by {FACTOR:g}."
         calls.append(_experiment("ablate leaders", "ablate", "H3", because, *_around(-total), latents=every))
-    if found.variants:
+    exchanged = every or found.differing[:LEADERS]
+    if found.variants and exchanged:
         because = f"If the suggested cause acts, {SHARE:.0%} of the margin at least should act through these latents."
         high = -SHARE * found.margin
-        calls.append(_experiment("interchange", "interchange", "H2", because, None, high, latents=every))
+        calls.append(_experiment("interchange", "interchange", "H2", because, None, high, latents=exchanged))
     return calls
 
 

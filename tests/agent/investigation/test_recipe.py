@@ -201,8 +201,12 @@ def test_a_judged_metric_has_no_gradient_so_what_differs_is_searched() -> None:
     failed = Result(Call("attribute", "attribute", {}), "error", Outcome("a judged metric has no gradient"))
     rows = [{"difference": {"latent": latent}} for latent in (5, 9)]
     compared = result("compare", {"latents": rows}, Headline("latents that differ", 2.0), "E1")
-    calls = decided([prompts(mean=0.9), failed, compared], Metric("judged", criterion="it apologises")).calls
-    assert [call.tool for call in calls] == ["minimal_set"] and calls[0].arguments["candidates"] == [5, 9]
+    metric = Metric("judged", criterion="it apologises")
+    (exchanged,) = decided([prompts(mean=0.9), failed, compared], metric).calls
+    assert exchanged.tool == "interchange" and exchanged.arguments["latents"] == [5, 9]
+    carried = result("interchange", {"difference": {"value": -0.5, "low": -0.6, "high": -0.4, "n": 10}}, figure(-0.5))
+    calls = decided([prompts(mean=0.9), failed, compared, carried], metric).calls
+    assert [(call.tool, call.arguments["candidates"]) for call in calls] == [("minimal_set", [5, 9])] * 2
 
 
 def test_an_experiment_that_was_asked_for_twice_counts_once() -> None:
@@ -228,7 +232,7 @@ def test_the_metric_is_read_off_the_prompts_or_asked_for() -> None:
 
 def test_order_desc_of_the_bundled_subject(subject: Subject, dictionary: Dictionary) -> None:
     """The whole protocol through the real tools, and its claims on prompts that it has not seen."""
-    cases, unseen = cases_of("order.DESC", 12), cases_of("order.DESC", 10, seed=9)
+    cases, unseen = cases_of("order.DESC", 8), cases_of("order.DESC", 9, seed=9)
     live = Live(LiveModel(subject, [dictionary]), dictionary, None)
     bench = Bench(live, cases, METRIC, seed=5, texts=tuple(sample_texts(77, 20)), controls=3)
     tools = Toolbelt(bench)
