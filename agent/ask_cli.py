@@ -51,65 +51,75 @@ class Measured(StrEnum):
 INTERRUPTED = 130
 """Exit status of an investigation that was asked to stop."""
 
+QuestionText = Annotated[str | None, typer.Argument(help='For example "Why does the model answer with DESC here?".')]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="Twenty prompts or more: .txt, a line each, or .jsonl with `prompt`, `answer`, `other`, `variant`.",
+    ),
+]
+MetricKind = Annotated[
+    Measured | None,
+    typer.Option("--metric", help="How the behaviour is measured; the investigator says if left out."),
+]
+AnswerToken = Annotated[
+    str | None, typer.Option("--answer", help="Token that shows the behaviour, for prompts that name none.")
+]
+OtherToken = Annotated[
+    str | None, typer.Option("--other", help="Token that stands against it: their log-odds are measured.")
+]
+Criterion = Annotated[
+    str | None,
+    typer.Option("--criterion", help="What a judge is asked of each continuation; measured as `judged`."),
+]
+Suggested = Annotated[str, typer.Option("--suggested", help="The cause that the question suggests, in words.")]
+Agent = Annotated[
+    str,
+    typer.Option("--agent", help="recipe (no language model), anthropic:MODEL, openai:MODEL, openai:MODEL@URL."),
+]
+Judge = Annotated[str, typer.Option("--judge", help="Language model that judges; the agent's where it is one.")]
+BudgetUsd = Annotated[
+    float | None, typer.Option("--budget", help="What calls to language models may cost in all, in USD.")
+]
+NoBudget = Annotated[bool, typer.Option("--no-budget", help="Spend without a limit.")]
+BudgetTokens = Annotated[
+    int | None,
+    typer.Option("--budget-tokens", help="What the calls may take in tokens, input and output together."),
+]
+Passes = Annotated[
+    int | None,
+    typer.Option("--passes", help="Prompts run through the subject, at most; a quarter is kept to verify. [200000]"),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Decisions of the agent, at most. [40]")]
+Interactive = Annotated[
+    bool, typer.Option("--interactive", help="Stop to have the metric confirmed, and for remarks between steps.")
+]
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="ID", help="Go on with an investigation: its id, or its folder.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; the store, or `out`, if left out.")]
+
 
 @app.command()
 def ask(
-    question: Annotated[
-        str | None, typer.Argument(help='For example "Why does the model answer with DESC here?".')
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            help="Twenty prompts or more: .txt, a line each, or .jsonl with `prompt`, `answer`, `other`, `variant`.",
-        ),
-    ] = None,
-    metric: Annotated[
-        Measured | None,
-        typer.Option("--metric", help="How the behaviour is measured; the investigator says if left out."),
-    ] = None,
-    answer: Annotated[
-        str | None, typer.Option("--answer", help="Token that shows the behaviour, for prompts that name none.")
-    ] = None,
-    other: Annotated[
-        str | None, typer.Option("--other", help="Token that stands against it: their log-odds are measured.")
-    ] = None,
-    criterion: Annotated[
-        str | None,
-        typer.Option("--criterion", help="What a judge is asked of each continuation; measured as `judged`."),
-    ] = None,
-    suggested: Annotated[str, typer.Option("--suggested", help="The cause that the question suggests, in words.")] = "",
-    agent: Annotated[
-        str,
-        typer.Option("--agent", help="recipe (no language model), anthropic:MODEL, openai:MODEL, openai:MODEL@URL."),
-    ] = "recipe",
-    judge: Annotated[
-        str, typer.Option("--judge", help="Language model that judges; the agent's where it is one.")
-    ] = "",
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="What calls to language models may cost in all, in USD.")
-    ] = None,
-    no_budget: Annotated[bool, typer.Option("--no-budget", help="Spend without a limit.")] = False,
-    budget_tokens: Annotated[
-        int | None,
-        typer.Option("--budget-tokens", help="What the calls may take in tokens, input and output together."),
-    ] = None,
-    passes: Annotated[
-        int | None,
-        typer.Option(
-            "--passes", help="Prompts run through the subject, at most; a quarter is kept to verify. [200000]"
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Decisions of the agent, at most. [40]")] = None,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", help="Stop to have the metric confirmed, and for remarks between steps.")
-    ] = False,
-    resume: Annotated[
-        str | None, typer.Option("--resume", metavar="ID", help="Go on with an investigation: its id, or its folder.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write to; the store, or `out`, if left out.")
-    ] = None,
+    question: QuestionText = None,
+    prompts: PromptFile = None,
+    metric: MetricKind = None,
+    answer: AnswerToken = None,
+    other: OtherToken = None,
+    criterion: Criterion = None,
+    suggested: Suggested = "",
+    agent: Agent = "recipe",
+    judge: Judge = "",
+    budget: BudgetUsd = None,
+    no_budget: NoBudget = False,
+    budget_tokens: BudgetTokens = None,
+    passes: Passes = None,
+    steps: Steps = None,
+    interactive: Interactive = False,
+    resume: Resume = None,
+    out: Out = None,
     texts: Texts = None,
     controls: Controls = 20,
     seed: Seed = 0,
@@ -125,8 +135,11 @@ def ask(
     """Investigate a behaviour: hypotheses, predictions, experiments with controls, claims verified on held-out prompts, a report."""
     limits = _Limits(steps, passes, budget, budget_tokens)
     if resume is not None:
-        if question is not None or prompts is not None:
-            raise UserError("--resume goes on with what was asked: leave the question and --prompts out")
+        _require_alone(
+            question=question, prompts=prompts, metric=metric, answer=answer, other=other, criterion=criterion,
+            suggested=suggested, judge=judge, texts=texts, agent=agent.removeprefix("recipe"), seed=seed, config=config,
+            subject=subject, dictionary=dictionary, device=device, dtype=dtype,
+        )  # fmt: skip
         _go(lambda around: _resumed(resume, store, out, limits, no_budget, around), interactive, format, store, out)
         return
     from exegete.agent.investigation.asked import Asked
@@ -166,6 +179,12 @@ class _Limits:
 
         said = {name: value for name, value in self.__dict__.items() if value is not None}
         return replace(before or Budget(), **said)
+
+
+def _require_alone(**options: object) -> None:
+    given = [name if name == "question" else f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise UserError(f"--resume goes on with what was asked: leave out {', '.join(given)}")
 
 
 class Terminal:

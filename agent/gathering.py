@@ -195,6 +195,13 @@ def open_dictionary(path: str, subject: Subject) -> Dictionary:
     return dictionary
 
 
+def is_bundled(subject: str) -> bool:
+    """Return whether this is what the bundled subject is called, by its name or its folder."""
+    from exegete.tools.bundled import subject_path
+
+    return subject in (BUNDLED, str(subject_path()))
+
+
 def bundled_texts(seed: int, count: int) -> list[str]:
     """Return requests of the bundled grammar, for what needs some text of the bundled subject's."""
     from exegete.tools.bundled import sample_texts

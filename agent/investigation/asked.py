@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from exegete.agent.gathering import bundled_texts, is_bundled
 from exegete.agent.investigation.contract import Budget, Case, Metric, Question
 from exegete.agent.investigation.ledger import LEDGER
 from exegete.agent.investigation.questions import read_question, split
@@ -148,11 +149,9 @@ def _without_places(record: InvestigationRecord) -> InvestigationRecord:
 
 
 def _bundled_texts(asked: Asked, live: Live) -> tuple[str, ...]:
-    from exegete.tools.bundled import sample_texts, subject_path
-
-    if live.model.subject.name not in ("bundled", str(subject_path())):
+    if not is_bundled(live.model.subject.name):
         return ()
-    return tuple(sample_texts(derive_seed(asked.seed, "investigation", "texts"), BUNDLED_TEXTS))
+    return tuple(bundled_texts(derive_seed(asked.seed, "investigation", "texts"), BUNDLED_TEXTS))
 
 
 def _slug(question: str) -> str:

@@ -115,6 +115,7 @@ class Inquiry:
     labels: Callable[[InvestigationRecord], InvestigationRecord] = lambda record: record
     """Adds to a record what a store says of the latents in it."""
     say: Callable[[str], None] = lambda line: None
+    advance: Callable[[int], None] = lambda decisions: None
     stopping: Callable[[], bool] = lambda: False
     interactive: bool = False
     _bench: Bench | None = None
@@ -153,6 +154,7 @@ class Inquiry:
         if decision is None:
             self._check_stopping()
             decision = await self._decided(step)
+            self.advance(decision is not None)
         if decision is None:
             return {"done": True}
         for line in decided_lines(decision):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from exegete.agent.investigation.asked import Asked, begun, folder_of, found_fol
 from exegete.agent.investigation.contract import Budget, Case, Investigator, Metric, Question
 from exegete.agent.investigation.language_models import LanguageModels, checked_models, language_models, require_known
 from exegete.agent.investigation.ledger import Ledger
-from exegete.agent.investigation.record import RECIPE, InvestigationRecord
+from exegete.agent.investigation.record import RECIPE, RECORD, InvestigationRecord, read_record
 from exegete.agent.investigation.result import Investigation
 from exegete.agent.live import Live, Wanted, open_live
 from exegete.agent.progress import Progress
@@ -150,8 +150,8 @@ async def resumed(
     with Ledger(folder) as ledger:
         record = ledger.begun()
         _reopened(ledger, budget(record.budget))
-        if ledger.ended and (found := Investigation(ledger.record(), folder)).report.exists():
-            return found
+        if ledger.ended and (folder / RECORD).exists() and (folder / "report.html").exists():
+            return Investigation(read_record(folder), folder)
         if around.investigator is None:
             require_known(record.investigator)
         name = record.investigator if around.investigator is None else ""
@@ -200,9 +200,9 @@ async def _gone_on(ledger: Ledger, live: Live, models: ModelsConfig, around: Aro
     async with language_models(ledger.folder, record.id, name, record.judge, models) as asked:
         inquiry = _inquiry(ledger, live, asked, around)
         try:
-            await investigated(inquiry, around.person)
-            found = Investigation(ledger.record(), ledger.folder)
-            if not found.report.exists():
+            with _steps(ledger, around) as inquiry.advance:
+                await investigated(inquiry, around.person)
+            if not (ledger.folder / "report.html").exists():
                 await asyncio.to_thread(inquiry.write)
         except Interrupted:
             inquiry.write()
@@ -210,6 +210,15 @@ async def _gone_on(ledger: Ledger, live: Live, models: ModelsConfig, around: Aro
             inquiry.close()
             live.model.close()  # type: ignore[attr-defined]  # A shared one: what waits is of this investigation.
     return Investigation(inquiry.labels(ledger.record()), ledger.folder)
+
+
+def _steps(ledger: Ledger, around: Around) -> AbstractContextManager[Callable[[int], None]]:
+    if around.progress is None:
+        return nullcontext(lambda decisions: None)
+    steps: AbstractContextManager[Callable[[int], None]] = around.progress.stage(
+        "investigation", ledger.begun().budget.steps, "steps", done=ledger.steps
+    )
+    return steps
 
 
 def _inquiry(ledger: Ledger, live: Live, models: LanguageModels, around: Around) -> Inquiry:

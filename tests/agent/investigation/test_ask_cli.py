@@ -71,6 +71,7 @@ def test_a_question_is_answered_with_its_claims_and_a_report(prompts: Path, tmp_
     assert result.exit_code == 0, result.output
     assert "H1: latent 244 carries it" in result.stderr
     assert re.search(r"E1 ablate: .* -?\d.* \[.*\], n = 12; beside .*; as predicted", result.stderr)
+    assert "investigation: 2 of 40 steps" in result.stderr
     assert "Latent 244." in result.stdout and "claim correlational: latent 244 is on" in result.stdout
     (report,) = tmp_path.glob("investigations/*/report.html")
     assert f"report: {report}" in result.stdout and QUESTION in report.read_text()
@@ -141,7 +142,7 @@ def test_the_budget_is_said_and_more_of_it_goes_on(prompts: Path, tmp_path: Path
         (("ask", QUESTION, "--prompts", "{prompts}", "--metric", "judged"), "--criterion"),
         (("ask", QUESTION, "--prompts", "{prompts}", "--criterion", "it rhymes"), "--judge"),
         (("ask", QUESTION, "--prompts", "{texts}", "--answer", "no single token"), "is no token of subject"),
-        (("ask", QUESTION, "--resume", "x"), "leave the question"),
+        (("ask", QUESTION, "--resume", "x", "--device", "cpu"), "leave out question, --device"),
         (("ask", "--resume", "why"), "there is no investigation 'why'"),
     ],
 )
