@@ -39,6 +39,8 @@ _ORDER = {
     "typing": "dictionary, latent, run",
     "climbs": "dictionary, latent, run, control, step",
 }
+_LATENTS_AT_ONCE = 200_000
+"""Whose best explanations are worked out at a time: those of a million need more memory than the store may take."""
 _GROWING = ("results", "explanations", "scores", "climbs")
 
 
@@ -189,16 +191,25 @@ def _makes(statement: str) -> bool:
 
 def _work_out(snapshot: duckdb.DuckDBPyConnection, before: int | None) -> None:
     for name, query in worked_out_queries().items():
-        if before is None or name != BEST:
+        if name != BEST:
             snapshot.execute(f"CREATE OR REPLACE TABLE data.{name} AS {query}")
-    if before is not None:
-        touched = "latent IN (SELECT latent FROM touched)"
+    if before is None:
+        snapshot.execute(f"CREATE OR REPLACE TABLE data.{BEST} AS {_best_of('false')}")
+        [(latents,)] = snapshot.execute("SELECT coalesce(max(latent) + 1, 0) FROM data.scores").fetchall()
+        for first in range(0, latents, _LATENTS_AT_ONCE):
+            between = f"latent BETWEEN {first} AND {first + _LATENTS_AT_ONCE - 1}"
+            snapshot.execute(f"INSERT INTO data.{BEST} {_best_of(between)}")
+    else:
         snapshot.execute(
             f"CREATE TEMP TABLE touched AS SELECT DISTINCT latent FROM data.scores WHERE rowid >= {before}"
         )
+        touched = "latent IN (SELECT latent FROM touched)"
         snapshot.execute(f"DELETE FROM data.{BEST} WHERE {touched}")
-        query = worked_out_queries(f"(SELECT * FROM data.scores WHERE {touched})")[BEST]
-        snapshot.execute(f"INSERT INTO data.{BEST} {query}")
+        snapshot.execute(f"INSERT INTO data.{BEST} {_best_of(touched)}")
+
+
+def _best_of(chosen: str) -> str:
+    return worked_out_queries(f"(SELECT * FROM data.scores WHERE {chosen})")[BEST]
 
 
 def statements_for(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
