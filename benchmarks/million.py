@@ -127,8 +127,9 @@ def restart(folder: Path, latents: int) -> dict[str, Any]:
 def merging(folder: Path, latents: int) -> dict[str, Any]:
     """Merge small parts, as publishings do a few at a time, until none are left to be merged."""
     merges, longest = 0, 0.0
-    before = len(list((folder / "verdicts").iterdir()))
+    parts = "SELECT count(*) FROM data.verdict_parts"
     with Store.open(folder).writer() as writer:
+        [(before,)] = writer._connection.execute(parts).fetchall()
         while True:
             begun = time.perf_counter()
             found = compaction.compact(writer._connection, writer._lock, folder)
@@ -136,9 +137,8 @@ def merging(folder: Path, latents: int) -> dict[str, Any]:
             merges += found
             if found < compaction.MERGES_AT_ONCE:
                 break
+        [(after,)] = writer._connection.execute(parts).fetchall()
         writer.publish()
-    with Store.open(folder).writer():
-        after = len(list((folder / "verdicts").iterdir()))
     return {"merges": merges, "parts_before": before, "parts_after": after, "longest_round_s": round(longest, 1)}
 
 

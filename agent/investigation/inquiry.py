@@ -149,7 +149,7 @@ class Inquiry:
 
     async def think(self, state: State) -> State:
         """Let the investigator decide, unless that is written down, or something is used up."""
-        step = state["step"] + 1
+        step, known = state["step"] + 1, tuple(self.ledger.hypotheses)
         decision = self.ledger.decision(step)
         if decision is None:
             self._check_stopping()
@@ -157,7 +157,7 @@ class Inquiry:
             self.advance(decision is not None)
         if decision is None:
             return {"done": True}
-        for line in decided_lines(decision):
+        for line in decided_lines(decision, known):
             self.say(line)
         return {"step": step, "done": decision.done}
 

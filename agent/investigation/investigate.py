@@ -28,6 +28,7 @@ from exegete.agent.investigation.result import Investigation
 from exegete.agent.live import Live, Wanted, open_live
 from exegete.agent.progress import Progress
 from exegete.tools.errors import UserError
+from exegete.tools.store import Store
 
 if TYPE_CHECKING:
     from exegete.agent.investigation.bench import Bench
@@ -209,6 +210,8 @@ async def _gone_on(ledger: Ledger, live: Live, models: ModelsConfig, around: Aro
         finally:
             inquiry.close()
             live.model.close()  # type: ignore[attr-defined]  # A shared one: what waits is of this investigation.
+    if live.store is not None:
+        await asyncio.to_thread(Store.open(live.store).show_investigations)
     return Investigation(inquiry.labels(ledger.record()), ledger.folder)
 
 

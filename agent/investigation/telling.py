@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from exegete.agent.investigation.contract import Decision, Headline, Result, Verdict
+from exegete.agent.investigation.contract import Decision, Headline, Hypothesis, Result, Verdict
 
 _MOST = 160
 """Characters of a text that somebody wrote."""
 
 
-def decided_lines(decision: Decision) -> Iterator[str]:
-    """Yield the hypotheses of a decision, and its answer."""
+def decided_lines(decision: Decision, known: Collection[Hypothesis] = ()) -> Iterator[str]:
+    """Yield the hypotheses of a decision that are new or no longer as they were `known`, and how many claims it ends with."""
     for hypothesis in decision.hypotheses:
+        if hypothesis in known:
+            continue
         status = "" if hypothesis.status == "open" else f" ({hypothesis.status})"
         yield f"{hypothesis.id}{status}: {_short(hypothesis.statement)}"
     if decision.done:
