@@ -12,6 +12,7 @@ import pytest
 from language_model_server import Running
 
 from exegete.tools.llm import Limits, MemoryJournal, Message, Request
+from exegete.tools.llm.contract import ToolCall, ToolResult, tool_text
 from exegete.tools.llm.anthropic_client import AnthropicWire
 from exegete.tools.llm.connections import Lanes
 from exegete.tools.llm.openai_client import OpenAIWire
@@ -95,11 +96,25 @@ def test_what_goes_out_is_what_the_sdk_sends(server: Running, provider: str, ope
         question('“Ünïcode” \u2028 \x00 \\ "', None, temperature=0.0, logprobs=True, shared=1, sample=3),
         Request((Message("user", ""),), max_tokens=7, temperature=1e-7, prompt_digest="sha256:0"),
         Request((), temperature=float("nan")),
+        Request(
+            (Message("user", "a"),), tools=(tool_text("look", "Looks.", {"type": "object"}),), parallel_calls=False
+        ),
+        Request(
+            (Message("assistant", "", (ToolCall("c", "look", "{}"),)), Message("user", "", (), (ToolResult("c", "b"),)))
+        ),
     ],
 )
 def test_ids_are_digests_of_canonical_json(request_: Request) -> None:
-    # Every field, whatever fields there will be: a reply that was paid for must be found again.
-    canonical = json.dumps(asdict(request_), sort_keys=True, ensure_ascii=False)
+    # Every field, whatever fields there will be: a reply that was paid for must be found again. Those of tools only where there
+    # are any: ids of requests from before there were stand in the journals of stores.
+    fields = asdict(request_)
+    if not request_.tools:
+        del fields["tools"], fields["parallel_calls"]
+    for message in fields["messages"]:
+        for name in ("calls", "results"):
+            if written := message.pop(name):
+                message[name] = [list(one.values()) for one in written]
+    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     assert request_.id("openai:model") == digest("openai:model", canonical)
 
 
