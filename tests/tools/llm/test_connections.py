@@ -12,9 +12,9 @@ import pytest
 from language_model_server import Running
 
 from exegete.tools.llm import Limits, MemoryJournal, Message, Request
-from exegete.tools.llm.contract import ToolCall, ToolResult, tool_text
 from exegete.tools.llm.anthropic_client import AnthropicWire
 from exegete.tools.llm.connections import Lanes
+from exegete.tools.llm.contract import ToolCall, ToolResult, tool_text
 from exegete.tools.llm.openai_client import OpenAIWire
 from exegete.tools.llm.specs import parse_spec
 from exegete.tools.llm.structured import parse
