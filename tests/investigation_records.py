@@ -154,7 +154,6 @@ def verdicts(text: str = "") -> tuple[Verdict, ...]:
             steered,
             0.4,
             0.4,
-            (f"the position{text}",),
         ),
         Verdict(replace(causal, statement=f"everything{text}", latents=(), experiments=("E99",)), "unverified", "no latent is named"),
         Verdict(Claim(f"17 fires on it{text}", "correlational", (17,)), "correlational", "no intervention is claimed"),

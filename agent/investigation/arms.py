@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from exegete.agent.findings import figure, plain
 from exegete.agent.investigation.bench import Bench
-from exegete.agent.investigation.contract import Headline, Metric, Outcome
+from exegete.agent.investigation.contract import Headline, Outcome
 from exegete.agent.investigation.fencing import fenced
 from exegete.agent.investigation.measuring import Floats, Measurable
 from exegete.tools.ablation_sets import random_sets
@@ -261,11 +261,6 @@ def named(latents: Sequence[int]) -> str:
     shown = ", ".join(map(str, latents[:10]))
     rest = len(latents) - 10
     return f"latent{'s' if len(latents) > 1 else ''} {shown}{f' and {rest} more' if rest > 0 else ''}"
-
-
-def metric_words(metric: Metric) -> str:
-    """Return what a metric measures, with its unit."""
-    return f"{WORDS[metric.kind]} ({metric.unit})"
 
 
 def _flips_line(flips: Flips, to: str) -> str:

@@ -24,9 +24,8 @@ from exegete.agent.investigation.record import InvestigationRecord, to_json
 from exegete.agent.live import Live, Wanted
 from exegete.tools.errors import UserError, nearest
 from exegete.tools.seeds import derive_seed, digest
+from exegete.tools.store.investigations import FOLDER
 
-INVESTIGATIONS = "investigations"
-"""Folder of all investigations, in a store or elsewhere."""
 OUT = Path("out")
 """Where there is no store."""
 BUNDLED_TEXTS = 200
@@ -111,7 +110,7 @@ def begun(asked: Asked, live: Live, judge: str) -> InvestigationRecord:
 
 def folder_of(id: str, store: Path | None, out: Path | None) -> Path:
     """Return the folder of an investigation."""
-    return (out or store or OUT) / INVESTIGATIONS / id
+    return (out or store or OUT) / FOLDER / id
 
 
 def found_folder(named: str, store: Path | None, out: Path | None) -> Path:

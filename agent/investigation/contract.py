@@ -219,7 +219,6 @@ class Verdict:
     p: float | None = None
     p_adjusted: float | None = None
     """By Holm (1979), over the causal claims of the report."""
-    alternatives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

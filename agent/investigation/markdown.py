@@ -105,8 +105,6 @@ def _claim(page: Page, claim: ClaimShown) -> Iterator[str]:
     if claim.figures:
         yield f"\np = {plain_text(claim.p)}, adjusted by Holm {plain_text(claim.p_adjusted)}.\n"
         yield from _figures(claim.figures)
-    for alternative in verdict.alternatives:
-        yield f"\nNot ruled out: {plain_text(alternative)}"
     cited = [_link(id) if known else f"{plain_text(id)} (no such experiment)" for id, known in claim.cited]
     yield f"\nRests on: {', '.join(cited) or 'no experiment'}."
 

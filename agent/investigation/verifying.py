@@ -123,7 +123,6 @@ async def verify(
     known: Collection[str],
     *,
     controls: int | None = None,
-    alternatives: Sequence[str] = (),
 ) -> list[Verdict]:
     """Check the claims of a report on held-out prompts, and return a verdict for each, in order.
 
@@ -133,14 +132,13 @@ async def verify(
         claims: all claims of the report: those that are causal share one chance of error.
         known: ids of the experiments that exist.
         controls: random sets beside each claim; by default as many as let each pass.
-        alternatives: hypotheses that were rejected, for the verdicts of causal claims.
 
     Raises:
         UserError: a held-out prompt cannot be measured, or as `LiveModel.run`.
     """
     # Not a copy where it has a loop already: what the bench has measured once stays with it.
     own = bench if bench.loop is not None else replace(bench, loop=asyncio.get_running_loop())
-    return await asyncio.to_thread(verdicts, own, held_out, claims, known, controls, tuple(alternatives))
+    return await asyncio.to_thread(verdicts, own, held_out, claims, known, controls)
 
 
 def verdicts(
@@ -149,7 +147,6 @@ def verdicts(
     claims: Sequence[Claim],
     known: Collection[str],
     controls: int | None = None,
-    alternatives: tuple[str, ...] = (),
 ) -> list[Verdict]:
     """Return what `verify` returns, from a thread that has no event loop of its own."""
     family = sum(claim.kind == "causal" for claim in claims)
@@ -167,7 +164,7 @@ def verdicts(
         try:
             found.append(_measured(runs, claim, known, count))
         except Unverifiable as error:
-            found.append(Verdict(claim, error.status, str(error), alternatives=alternatives))
+            found.append(Verdict(claim, error.status, str(error)))
     causal = [one for one, claim in zip(found, claims, strict=True) if claim.kind == "causal"]
     adjusted = iter(holm([one.p if isinstance(one, Measured) else None for one in causal]))
     judged: list[Verdict] = []
@@ -177,7 +174,7 @@ def verdicts(
             judged.append(one)
             continue
         assert p is not None
-        judged.append(_judged(claim, one, p, family, alternatives))
+        judged.append(_judged(claim, one, p, family))
     return judged
 
 
@@ -292,7 +289,7 @@ def _sign(claim: Claim) -> int:
     return 1 if claim.expects == "rises" else -1
 
 
-def _judged(claim: Claim, found: Measured, p: float, family: int, alternatives: tuple[str, ...]) -> Verdict:
+def _judged(claim: Claim, found: Measured, p: float, family: int) -> Verdict:
     """Return the verdict on what was measured; `p` is adjusted for the family."""
     arms = found.arms
     known = arms.change[np.isfinite(arms.change)]
@@ -310,10 +307,8 @@ def _judged(claim: Claim, found: Measured, p: float, family: int, alternatives: 
     shown = f"effect {figure(effect.value, effect.low, effect.high, effect.n)}"
     beyond = f"{shown}, beyond that of {effect.control_n} {control}; p = {found.p:.2g}, {_adjusted(p, family)}"
     why = "; ".join(against) or beyond
-    return Verdict(
-        claim, "failed" if against else "verified", f"{why} ({found.note})", effect, flipped, direction, found.p, p,
-        alternatives,
-    )  # fmt: skip
+    why = f"{why} ({found.note})"
+    return Verdict(claim, "failed" if against else "verified", why, effect, flipped, direction, found.p, p)
 
 
 def _adjusted(p: float, family: int) -> str:

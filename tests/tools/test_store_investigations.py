@@ -68,10 +68,10 @@ def test_an_experiment_stands_beside_its_prediction_and_control(tmp_path: Path) 
     found = asked(tmp_path, "SELECT prediction, outcome, status FROM experiments ORDER BY place")
     assert [prediction for prediction, _, _ in found[:3]] == ["at most -1.0", "at least 0.5", "from -0.5 to 0.5"]
     assert found[4] == ("at least 0.9", "undecided", "error")
-    columns = "verdict, value, control_high, flipped, flipped_control_high, direction_control, p_adjusted, experiments, alternatives"
+    columns = "verdict, value, control_high, flipped, flipped_control_high, direction_control, p_adjusted, experiments"
     claims = asked(tmp_path, f"SELECT {columns} FROM claims ORDER BY claim_id")
-    assert claims[0] == ("verified", -3.1, 0.2, 0.75, 0.49, None, 0.004, ["i-0001/E1"], [])
-    assert claims[1] == ("failed", -0.2, 0.2, None, None, -0.3, 0.4, ["i-0001/E2", "i-0001/E3"], ["the position"])
+    assert claims[0] == ("verified", -3.1, 0.2, 0.75, 0.49, None, 0.004, ["i-0001/E1"])
+    assert claims[1] == ("failed", -0.2, 0.2, None, None, -0.3, 0.4, ["i-0001/E2", "i-0001/E3"])
     assert [claim[0] for claim in claims] == ["verified", "failed", "unverified", "correlational"]
 
 

@@ -41,7 +41,9 @@ _TOLERATED = 0.1
 _CALM_SECONDS = 1.2
 """After a slowing-down to 0.85 of what was answered the rate is below that for so long."""
 _MOST_REFUSED = 0.6
+"""Share of the calls of that time above which there must be a limit, and it has fallen."""
 _FEW = 5
+"""Refusals that say nothing of a share yet."""
 _SURE = 16.0
 """Answers from which how many come per second is known well enough for that."""
 _CALM_CALLS = 30

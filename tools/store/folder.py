@@ -105,11 +105,6 @@ class Store:
         return self.folder / "controls"
 
     @property
-    def investigations(self) -> Path:
-        """Where investigations lie, a folder each; stores of earlier versions have it once something is put there."""
-        return self.folder / INVESTIGATIONS
-
-    @property
     def passes(self) -> Path:
         """Where activation passes keep their working files."""
         return self.folder / "passes"

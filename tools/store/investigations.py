@@ -192,7 +192,6 @@ def _claim(investigation: str, place: int, verdict: Mapping[str, Any], hypothese
         "direction_control_n": direction["control_n"],
         "p": verdict["p"],
         "p_adjusted": verdict["p_adjusted"],
-        "alternatives": list(verdict["alternatives"]),
     }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SUPERSEDED = ".superseded"
 """Folder beside the parts, with an empty file named like each that was replaced."""
 KEPT_S = 86_400.0
+"""Seconds for which they stay."""
 
 
 def write_part(folder: Path, rows: pa.Table, options: Mapping[str, Any] | None = None) -> str:

@@ -354,7 +354,7 @@ SELECT c.investigation_id || '/C' || c.place AS claim_id, c.investigation_id, i.
        c.intervention, c.expects, c.flips, c.experiments, c.hypothesis, c.verdict, c.why, c.value, c.low, c.high, c.n, c.control,
        c.control_value, c.control_low, c.control_high, c.control_n, c.flipped, c.flipped_low, c.flipped_high, c.flipped_n,
        c.flipped_control, c.flipped_control_low, c.flipped_control_high, c.direction_control, c.direction_control_low,
-       c.direction_control_high, c.direction_control_n, c.p, c.p_adjusted, c.alternatives
+       c.direction_control_high, c.direction_control_n, c.p, c.p_adjusted
 FROM data.claims c JOIN data.investigations i USING (investigation_id);
 COMMENT ON VIEW claims IS 'One row a claim of an investigation, with what checking it by code on held-out prompts found. All verified ones about a latent: verdict = ''verified'' AND list_contains(latents, 17).';
 COMMENT ON COLUMN claims.claim_id IS 'Id of the claim, INVESTIGATION/C1.';
@@ -393,7 +393,6 @@ COMMENT ON COLUMN claims.direction_control_high IS 'Upper end of its interval.';
 COMMENT ON COLUMN claims.direction_control_n IS 'Directions that were drawn.';
 COMMENT ON COLUMN claims.p IS 'P-value of the effect against the control.';
 COMMENT ON COLUMN claims.p_adjusted IS 'The same, adjusted by Holm (1979) over the causal claims of the investigation.';
-COMMENT ON COLUMN claims.alternatives IS 'Other explanations that checking could not rule out.';
 
 CREATE VIEW snapshot AS
 SELECT published_at, schema_version, code_version, store FROM data.snapshot;
