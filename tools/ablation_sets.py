@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -156,40 +157,49 @@ def random_sets(
         return []
     if distinct:
         return _distinct(latents, outside, rates, count, seed)
-    return [_matched(latents, outside, rates, generator(seed, "random set", i, *latents)) for i in range(count)]
+    ranked = _ranked(latents, outside, rates, _NEAREST)
+    return [_drawn(ranked, _NEAREST, generator(seed, "random set", i, *latents)) for i in range(count)]
 
 
 def _distinct(
     latents: Sequence[int], outside: NDArray[np.int64], rates: Floats, count: int, seed: int
 ) -> list[tuple[int, ...]]:
     if len(latents) == 1:
-        level = np.log(max(rates[latents[0]], rates[outside].min() / 2))
-        near = np.argsort(np.abs(np.log(rates[outside]) - level), kind="stable")[:count]
-        return [(int(latent),) for latent in outside[near]]
+        return [(latent,) for latent in _ranked(latents, outside, rates, count)[0]]
     # Of n neighbours of each of k latents about n^k sets can be made: ten times as many as are wanted are seldom twice.
     nearest = max(_NEAREST, math.ceil((10 * count) ** (1 / len(latents))))
+    ranked = _ranked(latents, outside, rates, nearest)
     found: dict[frozenset[int], tuple[int, ...]] = {}
     for i in range(4 * count):
-        drawn = _matched(latents, outside, rates, generator(seed, "random set", i, *latents), nearest)
+        drawn = _drawn(ranked, nearest, generator(seed, "random set", i, *latents))
         found.setdefault(frozenset(drawn), drawn)
         if len(found) == count:
             break
     return list(found.values())
 
 
-def _matched(
-    latents: Sequence[int],
-    outside: NDArray[np.int64],
-    rates: Floats,
-    rng: np.random.Generator,
-    nearest: int = _NEAREST,
-) -> tuple[int, ...]:
+def _ranked(latents: Sequence[int], outside: NDArray[np.int64], rates: Floats, nearest: int) -> list[list[int]]:
+    """Return for each latent those outside that are nearest in firing rate, the nearest first, equal ones by their number.
+
+    Each list has `nearest` and one for each latent that may have been drawn before, as far as there are so many.
+    """
     level = np.log(np.maximum(rates, rates[outside].min() / 2))
-    free, drawn = outside, []
+    most = min(nearest + len(latents) - 1, len(outside))
+    found = []
     # The most frequent first: few latents fire as often, and they should not be taken for others.
     for latent in sorted(latents, key=lambda latent: (-rates[latent], latent)):
-        near = np.argsort(np.abs(level[free] - level[latent]), kind="stable")[:nearest]
-        chosen = near[rng.integers(len(near))]
-        drawn.append(int(free[chosen]))
-        free = np.delete(free, chosen)
+        distance = np.abs(level[outside] - level[latent])
+        # Sorting the whole dictionary for each latent would take most of the time of an experiment.
+        last = max(most, 1) - 1
+        near = np.flatnonzero(distance <= np.partition(distance, last)[last])
+        found.append([int(one) for one in outside[near[np.argsort(distance[near], kind="stable")[:most]]]])
+    return found
+
+
+def _drawn(ranked: Sequence[Sequence[int]], nearest: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Return one of the `nearest` of each ranking that are not drawn yet, in their order."""
+    drawn: dict[int, None] = {}
+    for ranking in ranked:
+        near = list(islice((latent for latent in ranking if latent not in drawn), nearest))
+        drawn[near[rng.integers(len(near))]] = None
     return tuple(drawn)
