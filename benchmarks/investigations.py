@@ -157,7 +157,8 @@ async def row(
 
 def judged(asked: Asked, judge: Judge, record: InvestigationRecord) -> Row:
     """Return what the verified claims of an investigation are worth."""
-    causal = [verdict for verdict in record.verdicts if verdict.claim.kind == "causal"]
+    standing = [verdict for verdict in record.verdicts if verdict.status != "withdrawn"]
+    causal = [verdict for verdict in standing if verdict.claim.kind == "causal"]
     verified = [verdict.claim for verdict in causal if verdict.status == "verified"]
     numbers: Row = {"claims": len(causal), "verified": len(verified)}
     if asked.kind == "absent":

@@ -200,6 +200,8 @@ class Claim:
     experiments: tuple[str, ...] = ()
     """Those that it rests on."""
     hypothesis: str = ""
+    withdrawn: str = ""
+    """Why it was taken back; empty where it stands. One that was is reported as such, and not verified."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,8 @@ class Verdict:
     """What checking a claim found, on held-out prompts."""
 
     claim: Claim
-    status: Literal["verified", "failed", "unverified", "correlational"]
-    """unverified: it could not be checked (`why`); correlational: nothing causal was claimed."""
+    status: Literal["verified", "failed", "unverified", "correlational", "withdrawn"]
+    """unverified: it could not be checked (`why`); correlational: nothing causal was claimed; withdrawn: it was taken back."""
     why: str
     effect: Headline | None = None
     """Mean change of the metric, with an interval that holds for all claims of the report together, beside random latents."""
@@ -239,6 +241,16 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Left:
+    """What an investigator may still use, beside its decisions; None is no limit."""
+
+    passes: int | None = None
+    """For its experiments: what is kept for verifying is not among them."""
+    tokens: int | None = None
+    usd: float | None = None
+
+
+@dataclass(frozen=True)
 class View:
     """What an investigator sees before it decides."""
 
@@ -255,6 +267,8 @@ class View:
     steps_left: int
     notes: tuple[str, ...] = ()
     """What the person who watches says (`--interactive`), not seen so far."""
+    left: Left = Left()
+    """The same again where the same decision is to be made after a resume."""
 
 
 class Investigator(Protocol):

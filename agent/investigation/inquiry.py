@@ -31,6 +31,7 @@ from exegete.agent.investigation.contract import (
     Claim,
     Decision,
     Investigator,
+    Left,
     Metric,
     Outcome,
     Question,
@@ -211,9 +212,10 @@ class Inquiry:
                 )
             last = self.ledger.decision(self.ledger.steps)
             claims = last.claims if last else ()
-            verdicts, passes = await asyncio.to_thread(self._verified, claims) if claims else ([], 0)
+            standing = [claim for claim in claims if not claim.withdrawn]
+            verdicts, passes = await asyncio.to_thread(self._verified, standing) if standing else ([], 0)
             self.ledger.use("verifying", passes)
-            self.ledger.judge(verdicts)
+            self.ledger.judge(_with_withdrawn(claims, verdicts))
         for verdict in self.ledger.verdicts or ():
             self.say(verdict_line(verdict))
         return {}
@@ -309,6 +311,17 @@ class Inquiry:
             said=tuple(before.said) if before else (),
             steps_left=self.ledger.begun().budget.steps - step + 1,
             notes=self.ledger.notes(step),
+            left=self._left(step),
+        )
+
+    def _left(self, step: int) -> Left:
+        """Return what may still be used when the decision of a step is made."""
+        budget, most = self.ledger.begun().budget, self._search_passes()
+        spent = self.ledger.spent_before(step, self.account)
+        return Left(
+            None if most is None else max(0, most - self.ledger.passes(before_step=step)),
+            None if budget.tokens is None else max(0, budget.tokens - spent.tokens),
+            None if budget.usd is None else max(0.0, budget.usd - spent.usd),
         )
 
     async def _plan(self, step: int) -> list[Planned]:
@@ -350,6 +363,17 @@ def _measured_once(bench: Bench, most: int | None) -> int:
 
 async def _awaitable(work: Awaitable[list[Verdict]]) -> list[Verdict]:
     return await work
+
+
+def _with_withdrawn(claims: Sequence[Claim], checked: Sequence[Verdict]) -> list[Verdict]:
+    """Return a verdict for each claim, in their order: those that were taken back are neither checked nor left out."""
+    rest = iter(checked)
+    return [
+        Verdict(claim, "withdrawn", f"it was taken back before any check, since: {claim.withdrawn}")
+        if claim.withdrawn
+        else next(rest)
+        for claim in claims
+    ]
 
 
 def _unverified(claim: Claim, error: PassesUsedUp) -> Verdict:

@@ -11,7 +11,7 @@ The file is described in `ledger_file`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -220,6 +220,11 @@ class Ledger:
         calls = sum(int(passes) for step, passes in rows if before_step is None or step < before_step)
         verifying = 0 if before_step is not None else self._file.fact("passes verifying", int) or 0
         return calls + verifying + (self._file.fact("passes opening", int) or 0)
+
+    def spent_before(self, step: int, spent: Callable[[], Spent]) -> Spent:
+        """Return what was used of language models before the decision of a step, as it was when that was first to be made."""
+        known = self._file.fact(f"spent before {step}", Spent)
+        return known or self._file.first(f"spent before {step}", Spent, spent())
 
     def stop(self, why: str, budget: bool) -> None:
         """Write down why the search ended before the investigator was done."""

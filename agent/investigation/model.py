@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exegete.agent.investigation.contract import Case, Decision, Metric, Question, Result, View
+from exegete.agent.investigation.contract import Case, Decision, Left, Metric, Question, Result, View
 from exegete.agent.investigation.conversation import Turn, conversation, sendable
-from exegete.agent.investigation.note_taking import NOTES, Notebook, claims_of
+from exegete.agent.investigation.note_taking import NEEDED, Notebook, claims_of
 from exegete.tools.errors import UserError
 from exegete.tools.llm import Client, Message, Reply, Request, schema_text, tool_text
 from exegete.tools.prompting import Line, Rendered, line, prompt_digest, render, spoken, window_line
@@ -85,7 +85,7 @@ class ModelInvestigator:
         self.name = client.name
         self._client = client
         self._schemas = {str(tool["name"]): tool["parameters"] for tool in tools}
-        if missing := [name for name in NOTES if name not in self._schemas]:
+        if missing := [name for name in NEEDED if name not in self._schemas]:
             raise ValueError(f"no schema of {', '.join(missing)}; there are: {', '.join(self._schemas)}")
         self._tools = tuple(tool_text(tool["name"], tool["description"], tool["parameters"]) for tool in tools)
         self._max_tokens = max_tokens
@@ -207,6 +207,7 @@ def beginning(view: View) -> tuple[Message, ...]:
         varied=sum(case.variant is not None for case in question.cases),
         passes=question.budget.passes or 0,
         steps=question.budget.steps,
+        most=_left(Left(tokens=question.budget.tokens, usd=question.budget.usd)),
     ).messages
 
 
@@ -222,8 +223,19 @@ def told_now(view: View, turns: Sequence[Turn]) -> str:
         silent=_silent(turns),
         cut=int(bool(turns) and turns[-1].cut),
         steps=view.steps_left,
+        left=_left(view.left),
     )
     return rendered.messages[-1].text
+
+
+def _left(left: Left) -> list[Line]:
+    """Return in words what may still be used; nothing of what has no limit."""
+    words = {
+        "{:,} forward passes for experiments": left.passes,
+        "{:,} tokens": left.tokens,
+        "{:.2f} USD": left.usd,
+    }
+    return [line(form.format(value)) for form, value in words.items() if value is not None]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The calls of a language model, sorted: what is run, what is written down, what is answered at once.
 
 1. Arguments that are no JSON object, or that no ledger could keep, are answered with what is wrong.
-2. `hypothesis`, `update` and `claim` become parts of the decision and are answered at once. A claim that says what an
-   earlier one says replaces it.
+2. `hypothesis`, `update`, `claim` and `withdraw` become parts of the decision and are answered at once. A claim that says
+   what an earlier one says replaces it; one that is withdrawn keeps its number.
 3. `finish` ends the investigation, unless the same reply calls tools whose results the model has not seen.
 4. Everything else is run as a tool, at most `MOST_CALLS` of a reply; whether there is such a tool is the toolbelt's to say.
 """
@@ -22,7 +22,9 @@ from exegete.agent.investigation.schemas import fitting
 from exegete.tools.errors import ToolError, nearest
 from exegete.tools.llm import ToolCall
 
-NOTES = ("hypothesis", "update", "claim", "finish")
+NOTES = ("hypothesis", "update", "claim", "withdraw", "finish")
+NEEDED = ("hypothesis", "update", "claim", "finish")
+"""Those without which nothing can be investigated."""
 MOST_CALLS = 16
 """Tools of one reply that are run."""
 
@@ -92,6 +94,8 @@ class Notebook:
             return self._state(str(fit["statement"]))
         if name == "update":
             return self._update(str(fit["hypothesis"]), fit["status"])
+        if name == "withdraw":
+            return self._withdraw(int(fit["claim"]), str(fit["why"]))
         return self._claim(_claimed(fit))
 
     def _state(self, statement: str) -> str:
@@ -119,6 +123,14 @@ class Notebook:
             self.claims.append(claim)
         number = replaced[0] + 1 if replaced else len(self.claims)
         return f"Written down as claim {number}.{self._warning(claim)}"
+
+    def _withdraw(self, number: int, why: str) -> str:
+        _said("withdraw", "why", why)
+        if not 1 <= number <= len(self.claims):
+            known = f"1 to {len(self.claims)}" if self.claims else "none so far"
+            raise ToolError(f"withdraw: there is no claim {number}; there are: {known}")
+        self.claims[number - 1] = replace(self.claims[number - 1], withdrawn=why)
+        return f"Claim {number} is withdrawn."
 
     def _warning(self, claim: Claim) -> str:
         missing = [one for one in claim.experiments if one not in self.experiments]
@@ -153,9 +165,12 @@ def read_arguments(text: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def claims_of(asked: Iterable[Asked], schemas: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
-    """Return the claims that were written down by these calls of earlier replies: those that did not fit do not fit now."""
+    """Return the claims that were written down, or taken back, by these calls of earlier replies.
+
+    Those that did not fit do not fit now.
+    """
     book = Notebook(0, schemas, {}, frozenset(), [])
-    book.take([ToolCall(one.id, one.name, one.arguments) for one in asked if one.name == "claim"])
+    book.take([ToolCall(one.id, one.name, one.arguments) for one in asked if one.name in ("claim", "withdraw")])
     return book.claims
 
 

@@ -57,6 +57,18 @@ def claim(
 
 
 @tool("note")
+def withdraw(claim: int, why: str) -> None:
+    """Take a claim back, for example since a later experiment speaks against it. The report lists it as withdrawn, with the reason.
+
+    It is not checked then, and not counted among the claims that are adjusted for. Claimed again in the same words, it stands again.
+
+    Args:
+        claim: its number, as it was written down, from 1.
+        why: what speaks against it, with the experiment that shows it.
+    """
+
+
+@tool("note")
 def finish(answer: str) -> None:
     """End the investigation; the claims written down so far are then checked and reported.
 

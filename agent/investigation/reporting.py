@@ -60,6 +60,7 @@ VERDICTS = {
     "failed": "did not hold on held-out prompts",
     "unverified": "could not be checked, and is not shown to be so",
     "correlational": "says what goes together, not what causes it; no intervention was made for it",
+    "withdrawn": "was taken back by the investigator; neither checked nor counted among the claims",
 }
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ def decided_lines(decision: Decision, known: Collection[Hypothesis] = ()) -> Ite
         status = "" if hypothesis.status == "open" else f" ({hypothesis.status})"
         yield f"{hypothesis.id}{status}: {_short(hypothesis.statement)}"
     if decision.done:
-        yield f"done: {len(decision.claims)} claims to verify"
+        yield f"done: {sum(not claim.withdrawn for claim in decision.claims)} claims to verify"
 
 
 def result_line(result: Result) -> str:

@@ -369,7 +369,7 @@ COMMENT ON COLUMN claims.expects IS 'What that does to the metric by the claim: 
 COMMENT ON COLUMN claims.flips IS 'Whether it also says that most prompts change what they show.';
 COMMENT ON COLUMN claims.experiments IS 'Ids of the experiments that it rests on.';
 COMMENT ON COLUMN claims.hypothesis IS 'The hypothesis that it comes from.';
-COMMENT ON COLUMN claims.verdict IS 'verified, failed, unverified (it could not be checked), or correlational (nothing causal was claimed).';
+COMMENT ON COLUMN claims.verdict IS 'verified, failed, unverified (it could not be checked), correlational (nothing causal was claimed), or withdrawn (taken back, not checked).';
 COMMENT ON COLUMN claims.why IS 'Why that is the verdict.';
 COMMENT ON COLUMN claims.value IS 'Mean change of the metric on the held-out prompts.';
 COMMENT ON COLUMN claims.low IS 'Lower end of its interval, which holds for all claims of the investigation together.';
