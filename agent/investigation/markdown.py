@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from exegete.agent.investigation.drawing import Tokens
+from exegete.agent.investigation.gist import NO_LABELS, READING
 from exegete.agent.investigation.wording import Figure, number
 from exegete.tools.rendering import visible
 
@@ -51,19 +52,25 @@ def _blocks(page: Page) -> Iterator[str]:
     yield f"# {plain_text(record.question)}"
     if page.ended:
         yield f"\n**{plain_text(page.ended)}**"
-    yield f"\n{_said(page, record.answer) if record.answer else 'No answer was given.'}\n"
+    yield f"\n{_tally(page)}\n"
+    yield from _answer(page)
     yield from _table(("", ""), [(name, plain_text(value)) for name, value in page.facts])
     yield "\n## Claims, checked by code on held-out prompts\n"
-    if not page.claims:
-        yield "None was made."
+    yield READING if page.claims else f"None was made.\n\n{READING}"
     for claim in page.claims:
         yield from _claim(page, claim)
     yield from ("\n## Predictions\n", f"As predicted: {plain_text(page.hit_rate)}.\n")
     rows = [
-        (_link(one.experiment.id), plain_text(one.prediction), _value(one.figure), one.outcome)
+        (
+            f"{_link(one.experiment.id)} {plain_text(one.experiment.tool)}",
+            plain_text(one.prediction),
+            _value(one.figure),
+            _control(one.figure),
+            one.outcome,
+        )
         for one in page.experiments
     ]
-    yield from _table(("experiment", "predicted", "found", ""), rows)
+    yield from _table(("experiment", "predicted", "found", "control", ""), rows)
     yield "\n## Hypotheses\n"
     yield from _table(
         ("", "hypothesis", "in the end", "tested by"),
@@ -73,14 +80,7 @@ def _blocks(page: Page) -> Iterator[str]:
         ],
     )
     yield "\n## Latents\n"
-    columns = ("latent", "what the store said of it", "claims", "experiments")
-    yield from _table(
-        columns,
-        [
-            (str(one.latent), plain_text(one.label) or "–", _links(one.claims), _links(one.experiments))
-            for one in page.latents
-        ],
-    )
+    yield from _latents(page)
     if page.left_out:
         yield f"\n{page.left_out:,} more are named in the record."
     yield "\n## Experiments"
@@ -89,11 +89,45 @@ def _blocks(page: Page) -> Iterator[str]:
     yield f"\n---\nWritten by exegete {plain_text(record.code_version)} from `record.json`. Texts are shown as they stand."
 
 
+def _tally(page: Page) -> str:
+    if not page.tally:
+        return "**Nothing is claimed.**"
+    parts = [f"**{len(ids)} {status}** ({_links(ids)})" for status, ids in page.tally]
+    return f"Claims, checked by code on held-out prompts: {', '.join(parts)}."
+
+
+def _answer(page: Page) -> Iterator[str]:
+    *first, last = page.paragraphs or ("",)
+    for part in first:
+        yield f"{_cited(page, part)}\n"
+    yield f"{_said(page, last) if last else 'No answer was given.'}\n"
+
+
+def _latents(page: Page) -> Iterator[str]:
+    if not page.labeled:
+        yield f"{NO_LABELS}\n"
+    columns = ("latent", *(("what the store said of it",) if page.labeled else ()), "claims", "experiments")
+    rows = [
+        (
+            str(one.latent),
+            *((plain_text(one.label) or "–",) if page.labeled else ()),
+            _links(one.claims),
+            _links(one.experiments),
+        )
+        for one in page.latents
+    ]
+    yield from _table(columns, rows)
+
+
 def _said(page: Page, text: str) -> str:
     """Return a text of the investigator's, with links to what it cites, marked where it is not the recipe's."""
-    known = {one.experiment.id for one in page.experiments} | {one.id for one in page.claims}
-    shown = re.sub(r"\b[EC]\d+\b", lambda found: _link(found[0]) if found[0] in known else found[0], plain_text(text))
+    shown = _cited(page, text)
     return f"{shown} *({page.whose})*" if page.whose and text else shown
+
+
+def _cited(page: Page, text: str) -> str:
+    known = {one.experiment.id for one in page.experiments} | {one.id for one in page.claims}
+    return re.sub(r"\b[EC]\d+\b", lambda found: _link(found[0]) if found[0] in known else found[0], plain_text(text))
 
 
 def _claim(page: Page, claim: ClaimShown) -> Iterator[str]:
@@ -113,7 +147,7 @@ def _experiment(page: Page, one: ExperimentShown) -> Iterator[str]:
     experiment = one.experiment
     yield f"\n### {plain_text(experiment.id)}\n"
     yield f"{plain_text(experiment.tool)}, {experiment.status}; tests {plain_text(experiment.prediction.hypothesis)}\n"
-    yield fenced(one.arguments, "json")
+    yield fenced(one.arguments, "json") if one.arguments else "With its defaults."
     yield f"\nPredicted {plain_text(one.prediction)}, since: {_said(page, experiment.prediction.because)}"
     yield f"\n{one.outcome.capitalize()}.\n"
     if one.figure is not None:
@@ -146,6 +180,12 @@ def _figures(figures: Iterable[Figure]) -> Iterator[str]:
 
 def _value(figure: Figure | None) -> str:
     return "–" if figure is None else plain_text(f"{figure.value} {figure.interval}")
+
+
+def _control(figure: Figure | None) -> str:
+    return (
+        "–" if figure is None or not figure.control else plain_text(f"{figure.control_value} {figure.control_interval}")
+    )
 
 
 def _links(ids: Sequence[str]) -> str:

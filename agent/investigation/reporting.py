@@ -28,6 +28,7 @@ from markupsafe import Markup, escape
 from exegete.agent.investigation import drawing
 from exegete.agent.investigation.contract import Headline, Verdict
 from exegete.agent.investigation.drawing import Row, Tokens, Undrawable
+from exegete.agent.investigation.gist import NO_LABELS, READING, outside, p_value, tally
 from exegete.agent.investigation.record import ExperimentRecord, InvestigationRecord, write_whole
 from exegete.agent.investigation.wording import (
     Figure,
@@ -87,6 +88,7 @@ class ExperimentShown:
 
     experiment: ExperimentRecord
     arguments: str
+    """Empty where it was asked for with its defaults."""
     prediction: str
     outcome: Literal["as predicted", "not as predicted", "no figure"]
     figure: Figure | None
@@ -120,6 +122,10 @@ class Page:
     facts: tuple[tuple[str, str], ...]
     ended: str
     """Why it ended early; empty where it did not."""
+    tally: tuple[tuple[str, tuple[str, ...]], ...]
+    """Verdict → claims that have it."""
+    paragraphs: tuple[str, ...]
+    """Of the answer."""
     claims: tuple[ClaimShown, ...]
     effects: Plot | None
     hit_rate: str
@@ -129,6 +135,11 @@ class Page:
     latents: tuple[LatentShown, ...]
     left_out: int
     """Latents that are not listed."""
+
+    @property
+    def labeled(self) -> bool:
+        """Whether anything is known of a latent but where it is named."""
+        return any(one.label or one.card for one in self.latents)
 
     @property
     def listed(self) -> frozenset[int]:
@@ -171,7 +182,9 @@ def html(shown: Page) -> str:
     environment.filters["cited"] = lambda text: _linked(text, known)
     environment.filters |= {"lines": lambda text: Markup("\n").join(escape(visible(line)) for line in text.split("\n"))}
     source = files("exegete.agent.investigation").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(page=shown, record=shown.record, verdicts=VERDICTS)
+    return environment.from_string(source).render(
+        page=shown, record=shown.record, verdicts=VERDICTS, reading=READING, no_labels=NO_LABELS
+    )
 
 
 def _linked(text: str, known: Collection[str]) -> Markup:
@@ -189,8 +202,10 @@ def page(record: InvestigationRecord, folder: Path) -> Page:
     return Page(
         record=record,
         whose=whose(record),
-        facts=tuple(facts(record)),
+        facts=(*facts(record), *((("Not in the dictionary", missed),) if (missed := outside(record)) else ())),
         ended=ended(record),
+        tally=tally(record),
+        paragraphs=tuple(part for part in re.split(r"\n\s*\n", record.answer) if part.strip()),
         claims=tuple(_claim(record, place, verdict) for place, verdict in enumerate(record.verdicts, 1)),
         effects=_effects(record),
         hit_rate=hit_rate(record),
@@ -212,7 +227,7 @@ def _claim(record: InvestigationRecord, place: int, verdict: Verdict) -> ClaimSh
         verdict=verdict,
         says=says(verdict.claim),
         figures=tuple(figure(headline) for headline in found if headline is not None),
-        p=probability(verdict.p),
+        p=p_value(verdict),
         p_adjusted=probability(verdict.p_adjusted),
         cited=tuple((id, id in known) for id in verdict.claim.experiments),
     )
@@ -239,7 +254,7 @@ def _pair(claim: str, status: str, headline: Headline, own: bool) -> Iterable[Ro
         yield Row(f"{claim} ({status})", headline.value, headline.low, headline.high, link=claim)
     if headline.control:
         ends = (headline.control_value, headline.control_low, headline.control_high)
-        yield Row(f"{claim}: {headline.control}", *ends, control=True, link=claim)
+        yield Row(f"{claim} control: {headline.control}", *ends, control=True, link=claim)
 
 
 def _experiment(record: InvestigationRecord, one: ExperimentRecord, folder: Path) -> ExperimentShown:
@@ -255,7 +270,7 @@ def _experiment(record: InvestigationRecord, one: ExperimentRecord, folder: Path
     settled = {True: "as predicted", False: "not as predicted", None: "no figure"}
     return ExperimentShown(
         experiment=one,
-        arguments=as_json({name: value for name, value in one.arguments.items() if name not in PREDICTED}),
+        arguments=as_json(own) if (own := _own_arguments(one)) else "",
         prediction=predicted(one.prediction),
         outcome=settled[one.predicted],
         figure=None if one.headline is None else figure(one.headline),
@@ -265,6 +280,10 @@ def _experiment(record: InvestigationRecord, one: ExperimentRecord, folder: Path
         undrawn=tuple(undrawn),
         again=_again(record, one, folder),
     )
+
+
+def _own_arguments(one: ExperimentRecord) -> dict[str, Any]:
+    return {name: value for name, value in one.arguments.items() if name not in PREDICTED}
 
 
 def _again(record: InvestigationRecord, one: ExperimentRecord, folder: Path) -> str:

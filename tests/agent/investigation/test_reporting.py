@@ -115,6 +115,53 @@ def test_every_verdict_is_reported_as_it_is() -> None:
     assert source.index("Latents 17 and 21 carry the word.") < source.index("Investigated by")
 
 
+def test_what_became_of_the_claims_stands_before_the_answer() -> None:
+    source, plain = shown(investigation())
+    counted = "1 verified (C1), 1 failed (C2), 1 unverified (C3), 1 correlational (C4)."
+    [line] = re.findall(r'<p class="tally">.*?</p>', source)
+    assert re.sub(r"<[^>]+>", "", line) == f"Claims, checked by code on held-out prompts: {counted}"
+    assert "**1 failed** ([C2](#c2))" in plain
+    assert source.index(line) < source.index("Latents 17 and 21 carry the word.")
+    none = shown(replace(investigation(), verdicts=()))
+    assert '<p class="tally"><b>Nothing is claimed.</b></p>' in none[0] and "**Nothing is claimed.**" in none[1]
+
+
+def test_an_answer_keeps_its_paragraphs() -> None:
+    source, plain = shown(investigation(answer="First (E1).\n\n# Second <b>", investigator="openai:m"))
+    mark = '<span class="by">the model’s words</span>'
+    assert f'<p>First (<a href="#E1">E1</a>).</p><p># Second &lt;b&gt;{mark}</p>' in source
+    assert "\nFirst ([E1](#e1)).\n\n\\# Second &lt;b> *(the model’s words)*\n" in plain
+
+
+def test_how_figures_are_read_and_what_a_p_value_can_be() -> None:
+    record = investigation()
+    source, plain = shown(record)
+    assert "95 % of its n random draws" in source and "95 % of its n random draws" in plain
+    assert "random sets allow" not in source
+    # One of 20 random sets is at least as large as the claim's effect, where that effect is the largest: 1 / (20 + 1).
+    least = replace(record, verdicts=(replace(record.verdicts[0], p=1 / 21, p_adjusted=2 / 21),))
+    assert "p = 0.048 (the smallest that 20 random sets allow); adjusted" in shown(least)[0]
+
+
+def test_what_the_dictionary_leaves_out_is_said_where_it_was_measured() -> None:
+    record = investigation()
+    share = {"error_share": {"value": 0.25, "low": 0.2, "high": 0.3, "sd": 0.1, "n": 16}}
+    measured = replace(record, experiments=(replace(record.experiments[0], facts=share), *record.experiments[1:]))
+    words = "0.25 [0.2, 0.3] of all attributions is its error's (E1), which no intervention changes"
+    source, plain = shown(measured)
+    assert f"<dd>{words.replace(chr(39), '&#39;')}</dd>" in source and plain_text(words) in plain
+    assert "Not in the dictionary" not in shown(record)[0]
+
+
+def test_latents_without_labels_and_calls_without_arguments_say_so() -> None:
+    record = replace(investigation(), labels={})
+    plainest = replace(record, experiments=(replace(record.experiments[0], arguments={"hypothesis": "H1"}),))
+    source, plain = shown(plainest)
+    assert "No label is known of these latents" in source and "| latent | claims | experiments |" in plain
+    assert "With its defaults." in source and "With its defaults." in plain and "```json" not in plain
+    assert "| latent | what the store said of it |" in shown(investigation())[1]
+
+
 def test_effects_stand_beside_their_controls_with_interval_n_and_adjusted_p() -> None:
     source, plain = shown(investigation())
     [claim] = re.findall(r'<article id="C1">.*?</article>', source, re.DOTALL)
@@ -165,8 +212,10 @@ def test_no_link_leads_nowhere_however_many_latents_a_claim_names() -> None:
 
 def test_three_of_four_predictions_have_the_known_interval() -> None:
     # Wilson (1927) at 3 of 4: centre (0.75 + 1.9207 / 4) / (1 + 3.8415 / 4) = 0.6275, half width 0.3269.
-    assert hit_rate(investigation()) == "3 of 4 (75 %, 95 % interval 30 % to 95 %)"
-    assert "3 of 4 (75 %, 95 % interval 30 % to 95 %)" in shown(investigation())[0]
+    # At most −1, at least 0.5, between −0.5 and 0.5, at most −1; each control is −0.1.
+    words = "3 of 4 (75 %, 95 % interval 30 % to 95 %); the controls' own figures would have met 1 of 4"
+    assert hit_rate(investigation()) == words
+    assert words.partition(";")[0] in shown(investigation())[0]
     assert hit_rate(replace(investigation(), experiments=())) == "none could be held against a figure"
 
 
