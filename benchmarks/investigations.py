@@ -146,10 +146,11 @@ async def row(
         out=out,
     )
     record, seconds = found.record, time.perf_counter() - began
-    held, settled = record.hits
+    (held, settled), (met, of) = record.hits, record.hits_of_controls
     return {
         "question": asked.name, "kind": asked.kind, "status": record.status, **judged(asked, judge, record),
-        "hits": held, "predictions": settled, "experiments": len(record.experiments), "steps": record.spent.steps,
+        "hits": held, "predictions": settled, "met by controls": met, "with controls": of,
+        "experiments": len(record.experiments), "steps": record.spent.steps,
         "passes": record.spent.passes, "tokens": record.spent.tokens, "usd": record.spent.usd, "seconds": round(seconds, 1),
         "answer": record.answer,
     }  # fmt: skip
@@ -182,6 +183,7 @@ def summary(rows: Sequence[Row]) -> Row:
     behaviours, unrelated = ([one for one in rows if one["kind"] == kind] for kind in ("behaviour", "unrelated"))
     nulls = [one for one in rows if one["kind"] != "behaviour"]
     held, settled = sum(one["hits"] for one in rows), sum(one["predictions"] for one in rows)
+    met, of = sum(one["met by controls"] for one in rows), sum(one["with controls"] for one in rows)
     return {
         "behaviours": counted([bool(one["success"]) for one in behaviours]),
         "nulls with a false claim": counted([one["false"] > 0 for one in nulls]),
@@ -191,6 +193,7 @@ def summary(rows: Sequence[Row]) -> Row:
         "failed or unverified": sum(one["claims"] - one["verified"] for one in rows),
         "wrong on fresh prompts": sum(one["wrong"] for one in rows),
         "predictions that held": f"{held} of {settled}",
+        "predictions that controls met": f"{met} of {of}",
         "passes": sum(one["passes"] for one in rows),
         "tokens": sum(one["tokens"] for one in rows),
         "usd": round(sum(one["usd"] for one in rows), 2),

@@ -3,7 +3,7 @@
 1. Is the behaviour there at all? The metric on the search prompts; where it is log-odds, also what the model really writes,
    since of two tokens that it never writes one is always the likelier. If not on most prompts, that is the answer.
 2. Prompts and variants are compared, and the metric is attributed to latents.
-3. The leaders of the attribution are taken out, each alone and all together; given what they are on the variants, which
+3. The leaders of the attribution are taken out, each alone, then all together; given what they are on the variants, which
    also says how far the metric falls from prompts to variants: what the suggested cause is worth.
 4. A minimal set is grown by attribution and pruned; where the suggested cause matters, so is one whose exchange with the
    variants' activations ends the behaviour.
@@ -11,7 +11,7 @@
 6. Hypotheses are supported or rejected by whether a figure's interval lies beyond its control's, and what lies beyond is claimed.
 
 What is done next depends on the view alone, so that it can be resumed. Every prediction follows from earlier figures by a
-rule that is written here, mostly from the attribution's own estimates, so that the share that holds says what those are worth.
+rule (`recipe_predictions`), so that the share that holds says what those rules are worth.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from exegete.agent.investigation.contract import (
 )
 from exegete.agent.investigation.recipe_answer import answered
 from exegete.agent.investigation.recipe_figures import LEADERS, SHARE, Figures
+from exegete.agent.investigation.recipe_predictions import alone, emptied, leading, paired, steered, together
 from exegete.tools.errors import UserError
 
 __all__ = ["Recipe"]
 
 ALONE = ("first", "second", "third")
 """Leaders of the attribution that are taken out one by one."""
-FACTOR = 2.0
-"""An effect is predicted to lie between an estimate divided by this and the estimate times this."""
-FLIPPED = 0.8
+FLIPPED = 0.9
 """Share of prompts that a minimal set is predicted to flip."""
 PAIRED = 12
 """Latents of the set whose pairs are looked at, at most."""
@@ -99,8 +98,10 @@ def sought(found: Figures) -> list[Call]:
     """Which latents differ between prompts and variants, and which hold the metric up?"""
     if not found.present:
         return []
-    because = f"A latent that matters should be worth {SHARE:.0%} of the margin between the metric and its line."
-    calls = [_experiment("attribute", "attribute", "H3", because, SHARE * found.margin, None)]
+    because = (
+        f"A latent that matters should be worth {SHARE:.0%} of the log-odds between the prompts and the metric's line."
+    )
+    calls = [_experiment("attribute", "attribute", "H3", because, *leading(found))]
     if found.variants:
         because = "If the suggested cause acts, some latents should be active differently without it."
         calls.append(_experiment("compare", "compare", "H2", because, 1.0, None))
@@ -108,25 +109,30 @@ def sought(found: Figures) -> list[Call]:
 
 
 def taken_out(found: Figures) -> list[Call]:
-    """The leaders of the attribution, alone and together, and with what they are on the variants."""
+    """The leaders of the attribution, each alone, and all with what they are on the variants."""
     if not found.present:
         return []
-    because = f"The attribution's estimate, divided and multiplied by {FACTOR:g}."
-    alone = zip(ALONE, found.leaders, strict=False)
+    because = "Its exact loss on the prompts that were attributed, with the interval that their spread leaves open."
     calls = [
-        _experiment(f"ablate {name}", "ablate", "H3", because, *_around(-estimate), latents=[latent])
-        for name, (latent, estimate) in alone
+        _experiment(f"ablate {name}", "ablate", "H3", because, *alone(found, latent), latents=[latent])
+        for name, (latent, _) in zip(ALONE, found.leaders, strict=False)
     ]
-    every, total = [latent for latent, _ in found.leaders], sum(estimate for _, estimate in found.leaders)
-    if len(every) > 1:
-        because = f"The sum of the attribution's estimates, divided and multiplied by {FACTOR:g}."
-        calls.append(_experiment("ablate leaders", "ablate", "H3", because, *_around(-total), latents=every))
-    exchanged = every or found.differing[:LEADERS]
+    exchanged = [latent for latent, _ in found.leaders] or found.differing[:LEADERS]
     if found.variants and exchanged:
         because = f"If the suggested cause acts, {SHARE:.0%} of the margin at least should act through these latents."
         high = -SHARE * found.margin
         calls.append(_experiment("interchange", "interchange", "H2", because, None, high, latents=exchanged))
     return calls
+
+
+def all_taken_out(found: Figures) -> list[Call]:
+    """The leaders of the attribution together."""
+    every = [latent for latent, _ in found.leaders]
+    if not found.present or len(every) < 2:
+        return []
+    because = "At least half of what they do alone, at most what twice their effects in log-odds come to."
+    ends = together(found, every, [f"ablate {name}" for name in ALONE])
+    return [_experiment("ablate leaders", "ablate", "H3", because, *ends, latents=every)]
 
 
 def reduced(found: Figures) -> list[Call]:
@@ -147,26 +153,30 @@ def reduced(found: Figures) -> list[Call]:
 
 def tested(found: Figures) -> list[Call]:
     """What the sets do: one taken out, in pairs, its leader steered; the other with what it is on the variants."""
-    calls, own, carriers, difference = [], list(found.set), list(found.carriers), found.difference
+    calls, own, carriers = [], list(found.set), list(found.carriers)
+    beyond = "should bring the metric below its line, and no further than the variants do."
     if own:
-        because = "A set that flips most prompts should bring the mean of the metric below its line."
-        calls.append(_experiment("ablate set", "ablate", "H4", because, None, -found.margin, latents=own))
+        because = f"A set that is just large enough to flip most prompts {beyond}"
+        calls.append(_experiment("ablate set", "ablate", "H4", because, *emptied(found), latents=own))
     if len(own) > 1:
-        because = "Where each alone leaves the behaviour and all together end it, pairs should do more than their sum."
-        calls.append(_experiment("pairs", "interactions", "H5", because, None, 0.0, latents=own[:PAIRED]))
-    if carriers and difference is not None:
-        because = "Latents that carry the suggested cause should bring the metric to that of the variants, or near it."
-        ends = 1.5 * difference["value"], 0.5 * difference["value"]
-        calls.append(_experiment("exchange", "interchange", "H6", because, *ends, latents=carriers))
+        because = "Where each alone leaves the behaviour, a pair should do more than their sum: log-odds add."
+        pairs = own[:PAIRED]
+        calls.append(_experiment("pairs", "interactions", "H5", because, *paired(found, pairs), latents=pairs))
+    if carriers and found.difference is not None:
+        because = f"Latents that are just enough to carry the suggested cause {beyond}"
+        calls.append(_experiment("exchange", "interchange", "H6", because, *emptied(found), latents=carriers))
     if own:
         leader = next((latent for latent, _ in found.leaders if latent in own), own[0])
-        because = "A latent that holds the metric up should let it fall where it is turned down."
+        because = (
+            f"Where it acts at the last token, a KL of {KL:g} should lower log-odds by about a logit: a third to three."
+        )
         given = {"latents": [leader], "kl": KL, "direction": "down"}
-        calls.append(_experiment("steer", "steer", "H7", because, None, 0.0, **given))
+        ends = steered(found, KL, f"ablate {ALONE[0]}")
+        calls.append(_experiment("steer", "steer", "H7", because, *ends, **given))
     return calls
 
 
-STAGES = (shown, sought, taken_out, reduced, tested)
+STAGES = (shown, sought, taken_out, all_taken_out, reduced, tested)
 """In their order; each returns its calls, all at once, as far as what was found before tells them."""
 
 
@@ -221,11 +231,6 @@ def claims(found: Figures) -> tuple[Claim, ...]:
 
 def _status(holds: bool | None) -> Literal["open", "supported", "rejected"]:
     return "open" if holds is None else "supported" if holds else "rejected"
-
-
-def _around(estimate: float) -> tuple[float, float]:
-    low, high = sorted((estimate / FACTOR, estimate * FACTOR))
-    return low, high
 
 
 def _named(latents: Latents) -> str:

@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from exegete.agent.investigation.contract import Headline, Result, View
 
+Floats = NDArray[np.float64]
 Leader = tuple[int, float]
 """Latent, and by how much attribution estimates that it holds the metric up."""
 
@@ -72,6 +76,23 @@ class Figures:
         estimates = [(int(row["latent"]), row["attribution"]["value"]) for row in rows]
         held = [(latent, float(value)) for latent, value in estimates if above(value, 0.0)]
         return tuple(sorted(held, key=lambda leader: -leader[1])[:LEADERS])
+
+    def exact(self, latent: int) -> Mapping[str, Any] | None:
+        """Return the exact loss of a latent of the attribution's ranking, taken out alone on the prompts that were attributed."""
+        rows = self.facts("attribute").get("latents", ())
+        found: Mapping[str, Any] = next((row for row in rows if int(row["latent"]) == latent), {})
+        exact: Mapping[str, Any] | None = found.get("exact")
+        return exact if exact is not None and exact.get("value") is not None else None
+
+    def loss(self, latent: int) -> Mapping[str, Any]:
+        """Return a leader's loss: the exact one, else by the attribution's estimate."""
+        return self.exact(latent) or {"value": dict(self.leaders).get(latent, 0.0)}
+
+    def changed(self, id: str) -> tuple[Floats, Floats] | None:
+        """Return the metric on each prompt before and after what a call did, where it says so and all of it is known."""
+        rows = self.facts(id).get("prompts", ())
+        found = np.array([(row["clean"], row.get("changed")) for row in rows], dtype=np.float64)
+        return (found[:, 0], found[:, 1]) if len(found) and np.isfinite(found).all() else None
 
     @property
     def differing(self) -> list[int]:

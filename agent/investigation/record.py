@@ -136,6 +136,16 @@ class InvestigationRecord:
         return sum(settled), len(settled)
 
     @property
+    def hits_of_controls(self) -> tuple[int, int]:
+        """How many of those predictions the control's figure would have met as well, and of how many that have one.
+
+        A prediction that controls meet says nothing of the latents that it is about.
+        """
+        settled = [one for one in self.experiments if one.predicted is not None and one.headline is not None]
+        met = [one.prediction.holds(one.headline.control_value) for one in settled if one.headline is not None]
+        return sum(one is True for one in met), sum(one is not None for one in met)
+
+    @property
     def by_model(self) -> bool:
         """Whether its hypotheses, reasons, claims and answer may be a language model's: all but the recipe's."""
         return self.investigator != RECIPE

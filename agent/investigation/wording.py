@@ -32,12 +32,14 @@ class Figure:
 
 
 def hit_rate(record: InvestigationRecord) -> str:
-    """Return how many predictions held, for example `3 of 4 (75 %, 95 % interval 30 % to 95 %)`."""
+    """Return how many predictions held, for example `3 of 4 (75 %, 95 % interval 30 % to 95 %)`, beside how many controls met."""
     hits, n = record.hits
     if not n:
         return "none could be held against a figure"
     low, high = wilson(hits, n)
-    return f"{hits} of {n} ({_percent(hits / n)}, 95 % interval {_percent(low)} to {_percent(high)})"
+    held = f"{hits} of {n} ({_percent(hits / n)}, 95 % interval {_percent(low)} to {_percent(high)})"
+    met, of = record.hits_of_controls
+    return f"{held}; the controls' own figures would have met {met} of {of}" if of else held
 
 
 def number(value: float | None) -> str:
