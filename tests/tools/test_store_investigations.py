@@ -208,3 +208,24 @@ def test_a_models_sql_cannot_open_the_records(tmp_path: Path) -> None:
     for query in ("FROM read_text('{0}')", "FROM '{0}'", "SELECT * FROM read_json('{0}')"):
         with pytest.raises(ToolError):
             safe_query(tmp_path, query.format(path))
+
+
+def test_of_what_is_large_the_row_has_the_smaller_parts_and_says_where_the_others_are(tmp_path: Path) -> None:
+    one, *rest = investigation().experiments
+    facts = {
+        "mode": "zero",
+        "prompts": ["p" * 100] * 300,
+        "share": 0.5,
+        "sets": list(range(2_000)),
+        "also": "a" * 15_000,
+    }
+    small = {"latents": list(range(1_000))}
+    keep(investigation(experiments=(replace(one, facts=facts), replace(rest[0], facts=small))), published(tmp_path))
+    published(tmp_path)
+    (large,), (whole,) = asked(tmp_path, "SELECT facts FROM experiments ORDER BY place")
+    found = json.loads(large)
+    # 300 texts of 102 characters with two between them and around them, and 15,000 with quotes.
+    assert found["left_out"] == {"prompts": 31_200, "also": 15_002} and found["sets"] == facts["sets"]
+    assert (found["mode"], found["share"]) == ("zero", 0.5) and len(large) < 20_500
+    kept = json.loads((tmp_path / found["record"]).read_text())
+    assert kept["experiments"][0]["facts"] == facts and json.loads(whole) == small

@@ -6,7 +6,8 @@ An investigation never needs the writer's lock, which a labeling run may hold al
 1. lists the records and compares what identifies each file (inode, size, time of change) with what the table says of the one
    that is in: only others are read;
 2. puts a record's rows in place of those that it had, in one transaction: taking it in twice changes nothing;
-3. logs a record that is damaged, once, and leaves it out; what an earlier, sound one said stays.
+3. keeps of what an experiment found no more than `MOST_FACTS` characters, since readers copy the whole snapshot; the file has all;
+4. logs a record that is damaged, once, and leaves it out; what an earlier, sound one said stays.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import duckdb
 
 FOLDER = "investigations"
 RECORD = "record.json"
+MOST_FACTS = 20_000
+"""Characters of what an experiment found, in its row."""
 _TABLES = ("investigations", "experiments", "claims")
 
 Transaction = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
@@ -164,7 +167,7 @@ def _experiment(investigation: str, place: int, one: Mapping[str, Any], hypothes
         "headline": None if one["headline"] is None else one["headline"]["name"],
         **headline,
         "hit": one["predicted"],
-        "facts": _json(one["facts"]),
+        "facts": _within(one["facts"], investigation),
         "passes": one["passes"],
         "seconds": one["seconds"],
         "predicted_at": _time(one["predicted_at"]),
@@ -203,6 +206,21 @@ def _headline(headline: Mapping[str, Any] | None) -> dict[str, Any]:
     if headline is None:
         return dict.fromkeys(_FIGURES)
     return {key: headline[key] for key in _FIGURES} | {"control": headline["control"] or None}
+
+
+def _within(facts: Mapping[str, Any], investigation: str) -> str:
+    """Return what an experiment found as JSON: of too much, the smaller parts, with where the others are."""
+    texts = {name: _json(value) for name, value in facts.items()}
+    if len(whole := _json(facts)) <= MOST_FACTS:
+        return whole
+    kept, used = dict[str, Any](), 0
+    for name in sorted(texts, key=lambda name: (len(texts[name]), name)):
+        used += len(texts[name]) + len(_json(name)) + 4
+        if used > MOST_FACTS:
+            break
+        kept[name] = facts[name]
+    left_out = {name: len(text) for name, text in texts.items() if name not in kept}
+    return _json({**kept, "left_out": left_out, "record": f"{FOLDER}/{investigation}/{RECORD}"})
 
 
 def _json(value: Any) -> str:

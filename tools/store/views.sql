@@ -343,7 +343,7 @@ COMMENT ON COLUMN experiments.control_high IS 'Upper end of the control''s inter
 COMMENT ON COLUMN experiments.control_n IS 'Draws (or other units) that the control rests on.';
 COMMENT ON COLUMN experiments.hit IS 'Whether the figure was as predicted; null where there is no figure.';
 COMMENT ON COLUMN experiments.outcome IS 'The same in words: confirmed, refuted or undecided.';
-COMMENT ON COLUMN experiments.facts IS 'Everything that the tool found, as JSON.';
+COMMENT ON COLUMN experiments.facts IS 'What the tool found, as JSON: all of it up to 20,000 characters. Of more, the smaller parts: left_out has the others with their characters, and record the file in the folder of the store that has everything.';
 COMMENT ON COLUMN experiments.passes IS 'Prompts that it ran through the subject.';
 COMMENT ON COLUMN experiments.seconds IS 'How long it took.';
 COMMENT ON COLUMN experiments.predicted_at IS 'When the prediction was on the disk.';
