@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -223,8 +225,34 @@ class Terminal:
 
 
 def _prompt(text: str) -> str:
-    said: str = typer.prompt(text, default="", show_default=False, err=True)
+    """Return what is typed. Ctrl-C ends the waiting at once, as the end of the input does: it is gone on with later.
+
+    Raises:
+        Interrupted: by one of them.
+    """
+    from exegete.agent.investigation.inquiry import Interrupted
+
+    try:
+        with _raising_interrupts():
+            said: str = typer.prompt(text, default="", show_default=False, err=True)
+    except (typer.Abort, KeyboardInterrupt):
+        raise Interrupted from None
     return said
+
+
+@contextmanager
+def _raising_interrupts() -> Iterator[None]:
+    """Let signals raise KeyboardInterrupt: a handler that only notes them leaves whoever waits for a line waiting."""
+    both = (signal.SIGINT, signal.SIGTERM)
+    try:
+        former = {number: signal.signal(number, signal.default_int_handler) for number in both}
+    except ValueError:  # Signals reach the main thread only.
+        former = {}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _go(work: Callable[[Around], Any], interactive: bool, format: Shown, store: Path | None, out: Path | None) -> None:

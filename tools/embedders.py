@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +109,19 @@ class SentenceEmbedder:
             raise UserError(f"embedding model {self.name!r} gives vectors that are zero or not finite")
         unit: Vectors = vectors / lengths
         return unit
+
+
+def opened_once(open_embedder: Callable[[str], Embedder]) -> Callable[[str], Embedder]:
+    """Return what opens each embedding model once, however many threads ask for it; one that cannot be opened is tried again."""
+    lock, opened = threading.Lock(), dict[str, Embedder]()
+
+    def once(name: str) -> Embedder:
+        with lock:
+            if name not in opened:
+                opened[name] = open_embedder(name)
+            return opened[name]
+
+    return once
 
 
 def _load(name: str, device: str) -> Any:

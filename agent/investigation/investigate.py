@@ -27,6 +27,7 @@ from exegete.agent.investigation.record import RECIPE, RECORD, InvestigationReco
 from exegete.agent.investigation.result import Investigation
 from exegete.agent.live import Live, Wanted, open_live
 from exegete.agent.progress import Progress
+from exegete.tools.embedders import Embedder, opened_once
 from exegete.tools.errors import UserError
 from exegete.tools.store import Store
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from exegete.agent.investigation.inquiry import Inquiry, Person
     from exegete.agent.investigation.shared_model import Sharing
     from exegete.agent.investigation.toolbelt import Toolbelt
-    from exegete.tools.embedders import Embedder
 
 _NO_STOP: Callable[[], bool] = lambda: False  # noqa: E731
 
@@ -278,7 +278,7 @@ def _bench(
         record.seed,
         texts=record.texts,
         judge=models.judge,
-        open_embedder=lambda name: _embedder(name, live),
+        open_embedder=opened_once(lambda name: _embedder(name, live)),
         controls=record.controls,
         sealed=record.sealed,
         loop=loop,

@@ -170,7 +170,7 @@ def tested(found: Figures) -> list[Call]:
         because = (
             f"Where it acts at the last token, a KL of {KL:g} should lower log-odds by about a logit: a third to three."
         )
-        given = {"latents": [leader], "kl": KL, "direction": "down"}
+        given: dict[str, Any] = {"latents": [leader], "kl": KL, "direction": "down"}
         ends = steered(found, KL, f"ablate {ALONE[0]}")
         calls.append(_experiment("steer", "steer", "H7", because, *ends, **given))
     return calls

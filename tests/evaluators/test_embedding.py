@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from exegete.evaluators import Score, make_evaluator
 from exegete.evaluators.embedding import Embedding
 from exegete.evaluators.ranking import auroc_interval
-from exegete.tools.embedders import SentenceEmbedder, Vectors
+from exegete.tools.embedders import Embedder, SentenceEmbedder, Vectors, opened_once
 from exegete.tools.errors import SealedSplitError, UserError
 from exegete.tools.evidence import restrict
 from exegete.tools.explainers import Explanation
@@ -154,3 +155,21 @@ def test_bad_input_is_named(minilm: SentenceEmbedder) -> None:
         score(Embedding(minilm), " ", texts(CATS, STOCKS))
     with pytest.raises(UserError, match="at least one"):
         minilm.passages([])
+
+
+def test_what_is_opened_once_is_opened_once_however_many_ask() -> None:
+    opened: list[str] = []
+
+    def opening(name: str) -> Embedder:
+        opened.append(name)
+        if len(opened) == 1:
+            raise UserError("not now")
+        return Angles()
+
+    once = opened_once(opening)
+    with pytest.raises(UserError, match="not now"):
+        once("axes")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(once, ["axes"] * 16))
+    # What failed is tried again, and what did not never.
+    assert opened == ["axes", "axes"] and len(set(map(id, found))) == 1

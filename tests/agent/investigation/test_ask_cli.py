@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,11 +14,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from exegete.agent.ask_cli import Terminal
 from exegete.agent.cli import app
+from exegete.agent.interrupts import stop_on_interrupt
 from exegete.agent.investigation import investigate as investigating
 from exegete.agent.investigation import recipe
 from exegete.agent.investigation.contract import Call, Case, Claim, Decision, Hypothesis, Metric, Question, View
+from exegete.agent.investigation.inquiry import Interrupted
 from exegete.agent.live import Live, Wanted, open_live
+from exegete.agent.progress import Quiet
 from exegete.tools.errors import UserError
 
 QUESTION = "Why does the model answer with DESC here?"
@@ -114,6 +120,30 @@ def test_a_person_confirms_and_says_something(prompts: Path, tmp_path: Path) -> 
     assert record["metric"]["kind"] == "log_probability" and record["notes"] == ["look at the prompts"]
     assert record["lookups"] == {"prompts": 1} and record["answer"] == "Latent 244."
     assert "'what?' is no metric" in result.stderr
+
+
+def test_ctrl_c_ends_the_waiting_for_a_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Typing:
+        """Somebody who presses Ctrl-C before enter."""
+
+        def readline(self) -> str:
+            os.kill(os.getpid(), signal.SIGINT)
+            return "a remark that was never sent\n"
+
+    monkeypatch.setattr("sys.stdin", Typing())
+    with stop_on_interrupt(Quiet()):
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            Terminal().between(2, [])
+        assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_whoever_stops_at_a_prompt_is_told_how_to_go_on(prompts: Path, tmp_path: Path) -> None:
+    # The input ends after the metric is confirmed.
+    result = asked(*ASK, "--prompts", prompts, "--out", tmp_path, "--interactive", input="\n")
+    assert result.exit_code == 130 and not isinstance(result.exception, UserError)
+    (found,) = re.findall(r"Go on: exegete (ask --resume \S+ --out \S+)", result.stdout)
+    assert "Latent 244." in asked(*found.split()).stdout
 
 
 def test_the_budget_is_said_and_more_of_it_goes_on(prompts: Path, tmp_path: Path) -> None:

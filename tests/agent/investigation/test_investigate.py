@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from investigation_records import investigation
 
+from exegete.agent.investigation import investigate as investigating
 from exegete.agent.investigation.asked import found_folder
 from exegete.agent.investigation.contract import (
     Budget,
@@ -27,6 +29,7 @@ from exegete.agent.investigation.contract import (
     View,
 )
 from exegete.agent.investigation.investigate import ainvestigate, investigate
+from exegete.agent.investigation.language_models import LanguageModels
 from exegete.agent.investigation.ledger import Ledger
 from exegete.agent.investigation.record import ExperimentRecord, InvestigationRecord
 from exegete.agent.investigation.result import Investigation
@@ -126,6 +129,16 @@ def test_what_another_subject_began_is_not_gone_on_with(
             asyncio.run(module.resumed(found.id, out=tmp_path, budget=lambda _: Budget(steps=5), around=around))
     with Ledger(found_folder(found.id, None, tmp_path)) as ledger:
         assert ledger.steps == 1
+
+
+def test_an_embedding_model_is_opened_once_an_investigation(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(investigating, "_embedder", lambda name, live: opened.append(name) or object())
+    bench = investigating._bench(investigation(), live, METRIC, LanguageModels(), cast(Any, None))
+    assert bench.open_embedder is not None
+    first = bench.open_embedder("minilm")
+    assert bench.open_embedder("minilm") is first and bench.open_embedder("other") is not first
+    assert opened == ["minilm", "other"]
 
 
 def test_unknown_options_are_no_options(cases: tuple[Case, ...]) -> None:
