@@ -5,6 +5,8 @@
    ended, one after the other, with all that is left then. So what is refused does not depend on which of them is faster, nor on
    where the process was killed.
 3. A call that was made before is given the former result.
+4. A call that takes longer than `TOOL_S` gets no more forward passes, and comes back as an error. SQL has a shorter limit of its own;
+   what waits for a judge has the limits of whoever asks it, since a reply that nobody reads is paid for all the same.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from exegete.agent.investigation.passes import counting
 
 if TYPE_CHECKING:
     from exegete.agent.investigation.toolbelt import Toolbelt
+
+
+TOOL_S = 1_800.0
+"""Seconds after which a call gets no more forward passes. Far above what calls take: a slower machine should find the same."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Running:
 
     def _run(self, call: Call, most: int | None) -> Attempt:
         begun = time.perf_counter()
-        with counting(most) as count:
+        with counting(most, TOOL_S) as count:
             result = self._tools.run(call)
         if self._closed():
             # The model was taken away from it: that says nothing about the call.

@@ -106,3 +106,15 @@ def test_what_is_left_is_said_at_each_turn() -> None:
     assert told.endswith("6 replies are left, 5,400 forward passes for experiments, 80,000 tokens, 1.23 USD.")
     assert told_now(replace(view, left=Left()), [Turn("", "Well.")]).endswith("6 replies are left.")
     assert beginning(view)[-1].text.endswith("You have 7 replies, 90,000 tokens, 1.50 USD. Begin.")
+
+
+def test_a_call_that_takes_too_long_gets_no_more_passes_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exegete.agent.investigation.running.TOOL_S", 0.0)
+    found = run(tmp_path / "why", budget=Budget(10, passes=1_000))
+    # The search goes on, and lookups that need no passes are as they were.
+    assert {one.status for one in found.experiments} == {"error"} and found.lookups == {"look": 1}
+    assert "took longer than 0 s" in found.experiments[0].text and "ask for less" in found.experiments[0].text
+    # Nothing was used up: that is another thing to be told.
+    assert (found.status, found.stopped, found.spent.passes) == ("finished", "", 10 + 30)

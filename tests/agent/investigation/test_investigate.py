@@ -133,7 +133,12 @@ def test_what_another_subject_began_is_not_gone_on_with(
 
 def test_an_embedding_model_is_opened_once_an_investigation(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(investigating, "_embedder", lambda name, live: opened.append(name) or object())
+
+    def opening(name: str, live: Live) -> object:
+        opened.append(name)
+        return object()
+
+    monkeypatch.setattr(investigating, "_embedder", opening)
     bench = investigating._bench(investigation(), live, METRIC, LanguageModels(), cast(Any, None))
     assert bench.open_embedder is not None
     first = bench.open_embedder("minilm")
