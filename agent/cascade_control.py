@@ -4,6 +4,8 @@
    weighed by the run's judge on the refine split, and scored on the test split.
 2. Beside it best-of-N at equal cost: the top writer is asked again and again, and each answer weighed, until that has cost as much as
    the whole climb of this latent (in USD, or in tokens where nothing costs). The best on the refine split is scored on the test split.
+   Where the rung `test-and-refine` is there, best-of-N stands beside it alone as well: the explainer below it draws, with the
+   agent's language model, until the tokens that the agent's explanation took (weighing it included) are spent.
 3. From the refine split of all of them come how the judge's errors cluster there, the line that screening goes by, and the gain
    and price of each rung. They are stored with the run and never change; routing the other latents, and these as well, rests on
    them, and on nothing of the test split.
@@ -15,20 +17,22 @@ The replies are in the journal: a restart asks nothing again, and a control abou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from langgraph.graph import END, StateGraph
 
-from exegete.agent.climbing import REFINE, Cascade, Tried, step_records
+from exegete.agent.climbing import Cascade, Tried, step_records
 from exegete.agent.engine import Batch, Stop, Write, evidence_in_ranges, failed, work_through
 from exegete.agent.graph import RECURSION_LIMIT, LabelState, Workbench, add_climb
 from exegete.agent.models import Halted
 from exegete.agent.ordering import Latents
 from exegete.agent.pilot import described, restored
 from exegete.agent.routing import Gains, best, fit_gains
+from exegete.agent.routing_value import BEST_OF, BEST_OF_BESIDE
+from exegete.agent.rungs import TEST_AND_REFINE, top_writer
 from exegete.agent.screening import Screening, fit_screening, left_out
 from exegete.agent.spending import NOTHING, Spent, spent_so_far
 from exegete.evaluators import Evaluation
@@ -37,13 +41,15 @@ from exegete.evaluators.refine_score import Refined
 from exegete.evaluators.scoring import expected_clustering, pilot_clustering
 from exegete.tools.evidence import Evidence
 from exegete.tools.explainers import Explanation, NotExplained
+from exegete.tools.llm.journaled import UNANSWERED
 from exegete.tools.seeds import generator
 from exegete.tools.store import LatentRecord, StepRecord
 from exegete.tools.windows import LatentEvidence
 
-BEST_OF = "best-of"
 MOST_DRAWS = 32
 """Of best-of-N, whatever a climb costs."""
+MOST_DRAWS_BESIDE = 256
+"""Of best-of-N beside the agent, whatever that takes: enough for any tokens that it is likely to be given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +170,7 @@ def _clustering(cascade: Cascade, climbs: dict[int, Climbed]) -> dict[str, Clust
 
 def writer_of(cascade: Cascade) -> str:
     """Return the highest rung that writes by itself."""
-    return [name for name in cascade.rungs if name != REFINE][-1]
+    return top_writer(cascade.rungs)
 
 
 def _climb_graph(bench: Workbench, cascade: Cascade) -> Any:
@@ -178,7 +184,7 @@ async def _climb(own: LatentEvidence, graph: Any, bench: Workbench, cascade: Cas
     tried: list[Tried] = state["tried"]
     # What the judge takes on the screened rung, other latents do not spend.
     cost = sum((one.spent for one in tried if one.rung not in cascade.screened), NOTHING)
-    drawn = await _best_of(own, bench, cascade, cost)
+    drawn = [*await _best_of(own, bench, cascade, cost), *await _best_of_beside(own, bench, cascade, tried)]
     steps = step_records(bench, own.latent, [*tried, *drawn])
     tests = await asyncio.gather(*(_tested(own, bench, one.explanation) for one in [*tried, *drawn]))
     steps = [replace(step, control=True, test=value, test_n=n) for step, (value, n) in zip(steps, tests, strict=True)]
@@ -207,24 +213,52 @@ async def _best_of(own: LatentEvidence, bench: Workbench, cascade: Cascade, cost
     writer: Any = cascade.writers[writer_of(cascade)]
     if not hasattr(writer, "candidate"):
         return []
+    drawn = await _drawn(own, bench, cascade, writer, lambda spent: _as_dear(spent, cost))
+    return [] if drawn.explanation is None else [drawn]
+
+
+async def _best_of_beside(
+    own: LatentEvidence, bench: Workbench, cascade: Cascade, tried: Sequence[Tried]
+) -> list[Tried]:
+    """Return the best of as many draws as take the tokens of the agent; empty where it took none."""
+    tokens = sum(one.spent.tokens for one in tried if one.rung == TEST_AND_REFINE)
+    if cascade.rival is None or not tokens:
+        return []
+    drawn = await _drawn(own, bench, cascade, cascade.rival, lambda spent: spent.tokens >= tokens, MOST_DRAWS_BESIDE)
+    return [replace(drawn, rung=BEST_OF_BESIDE)]
+
+
+async def _drawn(
+    own: LatentEvidence,
+    bench: Workbench,
+    cascade: Cascade,
+    writer: Any,
+    enough: Callable[[Spent], bool],
+    most: int = MOST_DRAWS,
+) -> Tried:
+    """Return the best of the draws of `writer`, one after the other until `enough` has been spent."""
     seed, before = bench.latent_seed(own.latent), spent_so_far()
     found: list[tuple[Explanation, Refined]] = []
-    for number in range(MOST_DRAWS):
+    why_not = "no draw says anything that can be scored"
+    for number in range(most):
         try:
             evidence = bench.evidence(own.latent, getattr(writer, "purpose", "explain"))
             explanation = await writer.candidate(evidence, seed, number)
-        except NotExplained:
-            explanation = None
+        except NotExplained as failure:
+            explanation, why_not = None, str(failure)
+            if failure.status in UNANSWERED:  # The whole of it is made anew, once there are answers.
+                break
         if explanation is not None:
             refined = await cascade.score.judged(explanation, bench.evidence(own.latent, "refine"), seed)
             found.append((explanation, refined))
-        if _as_dear(spent_so_far() - before, cost):
+        if enough(spent_so_far() - before):
             break
     place = best([refined for _, refined in found])
+    spent = spent_so_far() - before
     if place is None:
-        return []
+        return Tried(BEST_OF, None, why_not, spent=spent)
     explanation, refined = found[place]
-    return [Tried(BEST_OF, explanation, refined=refined, spent=spent_so_far() - before)]
+    return Tried(BEST_OF, explanation, refined=refined, spent=spent)
 
 
 def _as_dear(spent: Spent, cost: Spent) -> bool:

@@ -5,7 +5,8 @@
   explain ──→ weigh (on the refine split) ──→ decide ──┴──→ score, record
 
 1. `explain` has the present rung write: an explainer by the explain split alone; `refine` revises the explanation that stands
-   by its mistakes on the refine split, never the test split.
+   by its mistakes on the refine split, never the test split; `test-and-refine` is an agent that begins anew, by the explain
+   split and by texts of its own that it runs on the live model.
 2. `weigh` scores it on the refine split. The screened rung (`lexical`) runs its predicate there, which costs nothing, and
    what a judge would have said is reckoned by the frozen fit of the control subset (`screening`).
 3. `decide` is a pure function of what was tried, the frozen pilot and the configuration (`routing`).
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from exegete.agent.routing import CHANCE, Gains, Rule, after_round, best, climbs
+from exegete.agent.rungs import REFINE
 from exegete.agent.screening import Screening
 from exegete.agent.spending import NOTHING, Spent, spent_so_far
 from exegete.evaluators.refine_score import Refined, RefineScore
@@ -29,8 +31,6 @@ from exegete.tools.store import StepRecord
 
 if TYPE_CHECKING:
     from exegete.agent.graph import Workbench
-
-REFINE = "refine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +65,28 @@ class Cascade:
     screening: Screening | None = None
     always: bool = False
     """Climb whatever the scores say, and have every explanation judged: the control subset."""
+    rival: Any = None
+    """Who draws best-of-N beside `test-and-refine`, by the same language model; None where that rung is not there."""
 
     @property
     def rungs(self) -> tuple[str, ...]:
         """Names, the cheapest first."""
         return self.rule.rungs
 
-    def decide(self, tried: Sequence[Tried]) -> str:
-        """Return what follows: "climbs" (to the next rung, or to another round of the last), or why nothing does."""
+    def decide(self, tried: Sequence[Tried]) -> tuple[str, str]:
+        """Return what follows, and the rung whose turn it is then: "climbs", to the next rung or to another round of `refine`,
+        or why nothing does."""
         rung = tried[-1].rung
+        place, last = self.rungs.index(rung), len(self.rungs) - 1
         if rung == REFINE:
-            return after_round(_rounds(tried), self.rule.target, self.rounds, self.patience)
-        place = self.rungs.index(rung)
+            ended = after_round(_rounds(tried), self.rule.target, self.rounds, self.patience)
+            if ended == "climbs" or place == last:
+                return ended, rung
         if self.always:
-            return "climbs" if place + 1 < len(self.rungs) else "top"
-        return climbs(place, _standing(tried), self.gains, self.rule)
+            decision: str = "climbs" if place < last else "top"
+        else:
+            decision = climbs(place, _standing(tried), self.gains, self.rule)
+        return decision, self.rungs[place + (decision == "climbs")]
 
 
 def chosen(tried: Sequence[Tried]) -> Tried | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from exegete.agent.rungs import out_of_place, top_writer
 from exegete.tools.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -144,8 +145,9 @@ class CascadeConfig(Section):
     """Explainers from cheap to dear: a latent climbs to the next only while its score on the refine split says that it pays."""
 
     rungs: tuple[str, ...] = ()
-    """Explainers, cheapest first, for example `["lexical", "one-shot", "refine"]`; none: `label.explainer` alone. `refine`, which
-    can only be the last, shows a language model the explanation's mistakes on the refine split and asks for a better one."""
+    """Explainers, cheapest first, for example `["lexical", "one-shot", "refine"]`; none: `label.explainer` alone. `refine`
+    shows a language model the explanation's mistakes on the refine split and asks for a better one. `test-and-refine`, which may
+    stand above it, is an agent that runs texts of its own on the subject; a latent may take `tokens` (60,000) and `steps` (12)."""
     target: float = Field(default=0.9, gt=0, le=1)
     """A latent climbs only while the upper 95 % limit of its refine-split score (mean balanced accuracy of detection and
     fuzzing) stays below this."""
@@ -173,10 +175,8 @@ class CascadeConfig(Section):
     def _check_rungs(self) -> CascadeConfig:
         if len(set(self.rungs)) < len(self.rungs):
             raise ValueError(f"cascade.rungs = {list(self.rungs)} names a rung twice")
-        if "refine" in self.rungs and (self.rungs[-1] != "refine" or len(self.rungs) < 2):
-            raise ValueError(
-                f"cascade.rungs = {list(self.rungs)}: refine revises what the rung below it wrote, and comes last"
-            )
+        if misplaced := out_of_place(self.rungs):
+            raise ValueError(f"cascade.rungs = {list(self.rungs)}: {misplaced}")
         for name in (*self.models, *self.options):
             if name not in self.rungs:
                 raise ValueError(f"{name!r} is none of cascade.rungs = {list(self.rungs)}")
@@ -288,8 +288,8 @@ class RunConfig(Section):
         if models.get("judge"):
             defaults["judge"] = "model"
         rungs, others = cascade.get("rungs"), cascade.get("models")  # Of whatever type: they are checked later.
-        if writers := [name for name in rungs if name != "refine"] if isinstance(rungs, list | tuple) else []:
-            defaults["explainer"] = writers[-1]
+        if isinstance(rungs, list | tuple) and (writer := top_writer(rungs)):
+            defaults["explainer"] = writer
         asked = [models.get("explainer"), models.get("judge"), *(others.values() if isinstance(others, dict) else ())]
         if any("-batch:" in str(spec) for spec in asked):
             defaults["concurrency"] = BATCHED_LATENTS

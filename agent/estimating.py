@@ -6,7 +6,8 @@
    none twice. What their calls took is counted (`metering`), and how long each latent took.
 3. A quantity still to come, for example USD, is Σ strata · left · mean per latent, plus four floors on some latents, each of which
    takes what scoring takes, plus the latents of a random-weight control, taken to be like the dictionary's, plus two of them for
-   each latent of a cascade's control subset (every rung, and best-of-N at the cost of that). Its 95 % interval is
+   each latent of a cascade's control subset (every rung, and best-of-N at the cost of that; three where best-of-N is drawn
+   beside `test-and-refine` as well). Its 95 % interval is
    by Student's t over the sampled latents; it holds both how uncertain the means are and how much the rest will scatter. Of
    the floors two may fall away (a latent may have no sibling, or the same one twice): the lower limit is without them.
 4. The time is the longest of what each limit takes alone: latents in flight, calls in flight, requests and tokens per minute,
@@ -87,6 +88,8 @@ class Extent:
     """Latents of a random-weight control that are still to be labeled."""
     climbs: int = 0
     """Latents that climb every rung of a cascade and draw best-of-N at the cost of that, beside being labeled."""
+    draws: int = 1
+    """How often each of these draws best-of-N."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ def _total(
     for place, stratum in enumerate(strata):
         # The control is on random latents with the counts of the larger stratum, the last; floors are on random ones with their own.
         last = place == len(strata) - 1
-        labeled = stratum.left + (extent.control + 2 * extent.climbs if last else 0)
+        labeled = stratum.left + (extent.control + (1 + extent.draws) * extent.climbs if last else 0)
         floored = extent.floors * (stratum.left / left if left else float(last))
         floors = len(BASELINES) * floored
         if not labeled and not floors:

@@ -122,12 +122,11 @@ def add_climb(
 
     def decide(state: LabelState) -> LabelState:
         *before, last = state["tried"]
-        decision = cascade.decide(state["tried"])
+        decision, rung = cascade.decide(state["tried"])
         tried, stands = [*before, replace(last, decision=decision)], chosen(state["tried"])
-        place = cascade.rungs.index(last.rung) + (decision == "climbs")
         return {
             "tried": tried,
-            "rung": cascade.rungs[min(place, len(cascade.rungs) - 1)],
+            "rung": rung,
             "explanation": stands.explanation if stands else None,
             "why_not": "; ".join(f"{one.rung}: {one.why_not}" for one in tried),
         }

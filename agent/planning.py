@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from exegete.agent.awaiting import awaited
 from exegete.agent.config import RunConfig
 from exegete.agent.run_facts import explainer_of, models_text
+from exegete.agent.rungs import TEST_AND_REFINE
 from exegete.agent.workbench import check_workbench
 from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
@@ -90,7 +91,8 @@ async def plan_of(
     left = np.setdiff1d(latents, recorded, assume_unique=True)
     live = int(np.isin(latents, evidence.live).sum())
     floors = min(config.label.floors, live)
-    extent = Extent(floors, control, 0 if bench.cascade is None or len(recorded) else min(config.cascade.control, live))
+    climbs = 0 if bench.cascade is None or len(recorded) else min(config.cascade.control, live)
+    extent = Extent(floors, control, climbs, draws=2 if TEST_AND_REFINE in config.cascade.rungs else 1)
     if bench.cascade is not None:  # Its control subset has shown nothing yet: judged on every rung, at any price.
         bench = replace(bench, cascade=replace(bench.cascade, screen=None))
     found: Estimate | None = None
@@ -121,7 +123,7 @@ def plan_lines(plan: Plan, config: RunConfig) -> list[str]:
         lines.append(
             _row(
                 "cascade",
-                f"{plan.extent.climbs:,} latents climb every rung and draw best-of-N, taken to cost twice as much",
+                f"{plan.extent.climbs:,} latents climb every rung and draw best-of-N, taken to cost {_times(plan.extent.draws)} as much",
             )
         )
     own = plan.estimate
@@ -334,6 +336,10 @@ def _measured(plan: Plan, own: Estimate) -> str:
     where = "in the run's journal, not paid for again" if plan.kept else "not kept: another process writes to the store"
     price = f" for {own.paid_usd:.4f} USD" if own.paid_usd else ""
     return f"on {own.n:,} latents{price} ({where}); [95 % interval], n latents"
+
+
+def _times(draws: int) -> str:
+    return "twice" if draws == 1 else f"{1 + draws} times"
 
 
 def _row(name: str, text: str) -> str:

@@ -171,6 +171,15 @@ def _run(connection: duckdb.DuckDBPyConnection, dictionary: str) -> dict[str, An
     return run | {"config": json.loads(run["config"])}
 
 
+def _beside(figures: Any) -> list[tuple[str, str]]:
+    """Return how the agent of a cascade stands beside best-of-N, where there was one."""
+    from exegete.agent.cascade_summary import beside_lines
+
+    figures = json.loads(figures) if isinstance(figures, str) else figures or {}
+    lines = beside_lines((figures.get("cascade") or {}).get("beside_best_of"))
+    return [("Agent or best-of-N", "; ".join(line.strip() for line in lines))] if lines else []
+
+
 def _run_facts(connection: duckdb.DuckDBPyConnection, dictionary: str, run: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, label = run["config"], run["config"].get("label") or {}
     corpus = (config.get("corpus") or {}).get("source") or "imported evidence"
@@ -184,6 +193,7 @@ def _run_facts(connection: duckdb.DuckDBPyConnection, dictionary: str, run: Mapp
         ("Corpus", corpus + (f" ({tokens:,} tokens)" if tokens else "")),
         ("Explainer", f"{explainer_of(config)}{_models(connection, run['run'])}"),
         ("Judge", str(label.get("judge", "unknown"))),
+        *_beside(run["figures"]),
         ("Language model calls", f"{calls:,} (${usd:,.2f})" if calls else "none"),
         (
             "Run",

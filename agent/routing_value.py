@@ -7,7 +7,8 @@
    by it, and revised on it. A latent without an explanation scores as chance does.
 3. Policies: `routed`; `lowest rung only`; `climb always`; `random at equal cost`, which sends as many latents to each rung as
    the rule does, but any, and is mixed with climbing always or never until its mean cost is the rule's; and `best-of`, where
-   candidates of one explainer were drawn at equal cost.
+   candidates of one explainer were drawn at equal cost. Whether the rung `test-and-refine` beats best-of-N by the same
+   language model at equal tokens is a comparison of its own (`agent_beside_best_of`).
 4. Cost is in USD, or in tokens where nothing costs money. Of each rung: what it adds to the test score, and that per dollar
    (per million tokens).
 
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exegete.agent.routing import CHANCE, Gains, Rule, Tread, climbs, fit_gains, ladder
+from exegete.agent.rungs import TEST_AND_REFINE
 from exegete.tools.errors import UserError
 from exegete.tools.seeds import generator
 from exegete.tools.store.records import StepRecord
@@ -33,7 +35,12 @@ Floats = NDArray[np.float64]
 FOLDS = 5
 RESAMPLES = 2_000
 BEST_OF = "best-of"
-"""The rung of steps that drew several candidates at equal cost."""
+"""The rung of steps that drew several candidates at the cost of the whole climb."""
+BEST_OF_BESIDE = f"{BEST_OF} beside {TEST_AND_REFINE}"
+"""The rung of steps that drew several candidates for the tokens that the agent took."""
+ABOVE = f"{TEST_AND_REFINE} - {BEST_OF}"
+LEAST_LATENTS = 10
+"""Fewer say nothing about which is better: an interval over two or three latents is no interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,50 @@ def measured(control: Sequence[Sequence[StepRecord]], rule: Rule, seed: int, fol
         *_against_best_of(steps, table, seed),
         Measured("left out", left, None, None, len(control), "latents"),
     ]
+
+
+def agent_beside_best_of(control: Sequence[Sequence[StepRecord]], seed: int) -> list[Measured]:
+    """Return what the agent and best-of-N at its tokens reach on the test split, on latents for which both were tried.
+
+    Each is the explanation that it ended with, whatever the run stands by; where it ended without one, it counts as chance, as
+    in every policy. Latents whose explanation has no test score are left out and counted. Costs are in tokens.
+
+    Raises:
+        UserError: fewer than two latents are left.
+    """
+    treads = [(ladder(own, [TEST_AND_REFINE])[0], ladder(own, [BEST_OF_BESIDE])[0]) for own in control]
+    tried = [pair for pair in treads if all(one.reached for one in pair)]
+    known = [pair for pair in tried if all(one.test is not None for one in pair)]
+    if len(known) < 2:
+        raise UserError(
+            f"of {len(control)} latents of the control subset, {len(known)} have a test score of both; two at least are compared: "
+            "raise cascade.control"
+        )
+    test = np.array([[one.test for one in pair] for pair in known], dtype=np.float64)
+    tokens = np.array([[one.tokens for one in pair] for pair in known], dtype=np.float64)
+
+    def figures(weights: Floats) -> dict[str, Floats]:
+        score, cost = weights @ test, weights @ tokens
+        return {
+            TEST_AND_REFINE: score[:, 0],
+            BEST_OF_BESIDE: score[:, 1],
+            f"cost of {TEST_AND_REFINE}": cost[:, 0],
+            f"cost of {BEST_OF_BESIDE}": cost[:, 1],
+            ABOVE: weights @ (test[:, 0] - test[:, 1]),
+        }
+
+    found = _bootstrapped(figures, len(known), seed)
+    measured = [
+        Measured(name, *_interval(own), n=len(known), unit=_unit(name, "tokens")) for name, own in found.items()
+    ]
+    return [*measured, Measured("left out", len(tried) - len(known), None, None, len(tried), "latents")]
+
+
+def winner(difference: Mapping[str, Any]) -> str | None:
+    """Return which is better by the paired difference `ABOVE`: the agent, best-of, or None where that cannot be said."""
+    if difference["n"] < LEAST_LATENTS:
+        return None
+    return TEST_AND_REFINE if difference["low"] > 0 else BEST_OF if difference["high"] < 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from exegete.agent.climbing import REFINE, Cascade
+from exegete.agent.climbing import Cascade
 from exegete.agent.config import RunConfig
 from exegete.agent.graph import Workbench
 from exegete.agent.models import Models, check_models
 from exegete.agent.ordering import Latents
 from exegete.agent.random_weight import check_control
 from exegete.agent.routing import Rule
+from exegete.agent.rungs import REFINE, TEST_AND_REFINE, top_writer
 from exegete.evaluators import Judge, evaluator_names, judge_names
 from exegete.evaluators.contract import maker_of
 from exegete.tools.errors import UserError, nearest
@@ -151,14 +152,22 @@ class _Supplies:
             screened=screened,
             rounds=cascade.rounds,
             patience=cascade.patience,
+            rival=self._rival() if TEST_AND_REFINE in cascade.rungs else None,
         )
 
-    def make(self, kind: Kind, name: str, options: Mapping[str, Any]) -> Any:
-        """Return an instrument, made with what its parameters ask for."""
+    def _rival(self) -> Any:
+        """Return who draws best-of-N beside the agent: the explainer below it, or the usual one, with the agent's model."""
+        name = _rival_of(self.config)
+        client = self.models.client(_asked_by(self.config, "explainer", TEST_AND_REFINE) or "")
+        return self.make("explainer", name, _rung_options(self.config, name), client)
+
+    def make(self, kind: Kind, name: str, options: Mapping[str, Any], client: Any = None) -> Any:
+        """Return an instrument, made with what its parameters ask for; `client` in place of its own language model."""
         maker = _maker(kind, name)
         given = _checked_options(kind, name, maker, options)
         for parameter in _supplied(self.config, maker):
-            value = self._supply(kind, name, parameter, given.get(parameter))
+            own = client if parameter == "client" else None
+            value = own or self._supply(kind, name, parameter, given.get(parameter))
             if value is not None:
                 given[parameter] = value
         return maker(**given)
@@ -240,11 +249,12 @@ def _check_cascade(config: RunConfig) -> None:
     label, cascade = config.label, config.cascade
     if not cascade.rungs:
         return
-    writers = [name for name in cascade.rungs if name != REFINE]
-    if label.explainer != writers[-1]:
+    if label.explainer != top_writer(cascade.rungs):
         raise UserError(
             f"label.explainer = {label.explainer!r} beside cascade.rungs = {list(cascade.rungs)}: leave it out, the rungs explain"
         )
+    if TEST_AND_REFINE in cascade.rungs and cascade.control:
+        _check(config, "explainer", _rival_of(config), _rung_options(config, _rival_of(config)))
     for name in cascade.rungs:
         _check(config, "explainer", name, _rung_options(config, name))
         if name in cascade.models and "client" not in _supplied(config, _maker("explainer", name)):
@@ -268,6 +278,10 @@ def _check(config: RunConfig, kind: Kind, name: str, options: Mapping[str, Any])
     given = _checked_options(kind, name, maker, options)
     for parameter in _supplied(config, maker):
         _require(config, kind, name, parameter, given.get(parameter))
+    if getattr(maker, "calls_tools", False):
+        from exegete.agent.investigation.language_models import require_live
+
+        require_live(_asked_by(config, kind, name) or "", f"explainer {name!r}")
 
 
 def _check_asked(config: RunConfig) -> None:
@@ -295,6 +309,10 @@ def _maker(kind: Kind, name: str) -> Callable[..., Any]:
     known = _NAMES[kind]()
     if kind == "explainer" and name == REFINE:
         return Refiner
+    if kind == "explainer" and name == TEST_AND_REFINE:
+        from exegete.agent.investigation.explaining import AgentExplainer
+
+        return AgentExplainer
     if name not in known:
         raise UserError(f"no {kind} is named {name!r}; there are: {', '.join(known)}.{nearest(name, known)}")
     return explainer_maker(name) if kind == "explainer" else maker_of(kind, name)
@@ -328,6 +346,13 @@ def _require(config: RunConfig, kind: Kind, name: str, parameter: str, chosen: s
         if not hasattr(_maker("explainer", inner), "candidate"):
             raise UserError(f"explainer {name!r} needs another that asks a language model, not {inner!r}")
         _check(config, "explainer", inner, {})
+
+
+def _rival_of(config: RunConfig) -> str:
+    """Return the explainer whose draws the agent is compared with."""
+    name = top_writer(config.cascade.rungs)
+    draws = name != TEST_AND_REFINE and hasattr(_maker("explainer", name), "candidate")
+    return name if draws else _inner(config)
 
 
 def _inner(config: RunConfig) -> str:

@@ -3,6 +3,10 @@
 The model is the test server's oracle: it explains a latent by the words that are marked in its windows, and judges by what it
 reads in the rendered prompts, with 5 % of its verdicts flipped. So the scores say that everything between evidence and store
 works, and nothing about language models.
+
+With `--rungs one-shot test-and-refine --control 64` the latents climb a cascade whose top rung is the agent, which the server
+plays by a fixed protocol, beside best-of-N at equal tokens: what the rung costs in calls, tokens and time. Which of the two is
+better with a language model it does not say; a labeling run with one does.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ def main() -> None:
     parser.add_argument("provider", choices=["openai", "anthropic", "openai-batch", "anthropic-batch"])
     parser.add_argument("--explainer", default="combined")
     parser.add_argument("--evaluators", nargs="+", default=["detection", "fuzzing"])
+    parser.add_argument("--rungs", nargs="+", default=[], help="of a cascade, in place of the explainer")
+    parser.add_argument("--control", type=int, default=64, help="latents that climb every rung of it")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--floors", type=int, default=100)
     parser.add_argument("--documents", type=int)
@@ -49,7 +55,9 @@ def main() -> None:
                 "store": chosen.store,
                 "models.explainer": model,
                 "models.judge": model,
-                "label.explainer": chosen.explainer,
+                "label.explainer": None if chosen.rungs else chosen.explainer,
+                "cascade.rungs": chosen.rungs or None,
+                "cascade.control": chosen.control if chosen.rungs else None,
                 "label.evaluators": chosen.evaluators,
                 "label.limit": chosen.limit,
                 "label.floors": chosen.floors,

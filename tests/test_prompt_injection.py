@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from exegete.agent.investigation import model
 from exegete.agent.investigation.contract import Call, Case, Metric, Outcome, Question, Result, View
 from exegete.agent.investigation.conversation import Asked, Turn
+from exegete.agent.investigation.explaining import LatentBrief
 from exegete.evaluators import intervention, model_judge, output, written
 from exegete.evaluators.contract import Item
 from exegete.evaluators.effect_passages import Passage
@@ -122,6 +123,10 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
         "simulation", explanation=line(t), tokens=[window_line([one]) for one in tokens(t)]
     ).messages,
     "surprisal": lambda t: render("surprisal", description=line(t)).messages,
+    "test_and_refine": lambda t: LatentBrief(shown([window(t), window(t)]), 0.01, 9_000).beginning(investigated(t)),
+    "test_and_refine_results": lambda t: [
+        Message("user", LatentBrief([], 0.01, 9).told(investigated(t), [Turn.of(investigated(t).said[0])]))
+    ],
     "write_texts": lambda t: render(
         "write_texts", explanation=line(t), samples=[window_line([t]), window_line([t])], count=3
     ).messages,

@@ -118,7 +118,8 @@ def test_every_prompt_has_a_first_line_and_a_stable_prefix(name: str) -> None:
     assert re.fullmatch(r"\{# [A-Z].*[.?] #\}", text.splitlines()[0])
     prompt = prompting._prompt(name)
     # What is asked after an answer continues a conversation; everything else begins one.
-    assert prompt.shared[0].role == "system" if prompt.shared else name in ("investigate_results", "repair", "schema")
+    going_on = ("investigate_results", "repair", "schema", "test_and_refine_results")
+    assert prompt.shared[0].role == "system" if prompt.shared else name in going_on
     prompting._prompt.cache_clear()
     assert prompting._prompt(name).shared == prompt.shared
     assert all("{{" not in message.text and "{%" not in message.text for message in prompt.shared)

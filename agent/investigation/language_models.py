@@ -70,7 +70,7 @@ def checked_models(
         "budget_tokens": budget.tokens if budget.tokens is not None else base.budget_tokens,
     }
     settled = base.model_copy(update=changed)
-    _require_live(own)
+    require_live(own, "an investigator")
     if own or judge:
         check_models(settled)
     return judge, settled
@@ -117,13 +117,13 @@ async def language_models(
         journal.close()
 
 
-def _require_live(investigator: str) -> None:
+def require_live(spec: str, who: str) -> None:
+    """Raise UserError where `who` would ask a model that takes no tools, or answers hours later."""
     from exegete.tools.llm import parse_spec
 
-    if investigator and parse_spec(investigator).provider not in ("openai", "anthropic"):
+    if spec and parse_spec(spec).provider not in ("openai", "anthropic"):
         raise UserError(
-            f"{investigator}: an investigator calls tools and is answered at once; expected anthropic:MODEL, openai:MODEL or "
-            "openai:MODEL@URL"
+            f"{spec}: {who} calls tools and is answered at once; expected anthropic:MODEL, openai:MODEL or openai:MODEL@URL"
         )
 
 

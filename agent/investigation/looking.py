@@ -102,7 +102,7 @@ def windows(
     chosen: tuple[Any, ...] = ("explain", "refine") if split == "both" else (split,)
     firing = [window for window in evidence.select(*chosen, kind="firing") if window.fires]
     ranked = sorted(firing, key=lambda window: (-(window.peak or 0.0), window.id))[offset:]
-    picked = ranked[:count] if which == "top" else _spread(ranked, count)
+    picked = ranked[:count] if which == "top" else spread(ranked, count)
     head = f"latent {own}: {len(picked)} of {len(firing)} firing windows, {which} ({found.source}; the test split is sealed)"
     lines = [head, *(_window_line(number, window) for number, window in enumerate(picked, 1))]
     facts = {"latent": own, "source": found.source, "firing": len(firing), "windows": [_facts(one) for one in picked]}
@@ -206,7 +206,8 @@ def _active(pieces: Sequence[str], values: NDArray[np.float32]) -> str:
     return shown + (f" and {len(active) - len(kept)} weaker" if len(active) > len(kept) else "")
 
 
-def _spread(ranked: Sequence[Window], count: int) -> list[Window]:
+def spread(ranked: Sequence[Window], count: int) -> list[Window]:
+    """Return so many windows, evenly over the ranks; all of them where there are no more."""
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     return [ranked[place] for place in places]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from exegete.agent.investigation.contract import Case, Decision, Left, Metric, Question, Result, View
 from exegete.agent.investigation.conversation import Turn, conversation, sendable
@@ -58,6 +58,47 @@ _WAY_OUT = (
 )
 
 
+class Brief(Protocol):
+    """What an investigator is told of its work: the words around its tool calls."""
+
+    @property
+    def digest(self) -> str:
+        """Of the prompts that it is rendered from."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes that must be among the tools."""
+        ...
+
+    def beginning(self, view: View) -> tuple[Message, ...]:
+        """Return the system prompt and what is asked; the last message is the user's."""
+        ...
+
+    def told(self, view: View, turns: Sequence[Turn]) -> str:
+        """Return what is said beside the results; nothing at the very beginning."""
+        ...
+
+
+class BehaviourBrief:
+    """A question about what the subject does, answered by claims."""
+
+    notes = NEEDED
+
+    @property
+    def digest(self) -> str:
+        """Of both prompts."""
+        return digest(prompt_digest("investigate"), prompt_digest("investigate_results"))
+
+    def beginning(self, view: View) -> tuple[Message, ...]:
+        """Return the system prompt and the question."""
+        return beginning(view)
+
+    def told(self, view: View, turns: Sequence[Turn]) -> str:
+        """Return which predictions held, what the person who watches says, and how much is left."""
+        return told_now(view, turns)
+
+
 class ModelInvestigator:
     """Investigates by asking a language model what to do next. Keeps nothing between calls."""
 
@@ -66,6 +107,7 @@ class ModelInvestigator:
         client: Client,
         tools: Sequence[Mapping[str, Any]],
         *,
+        brief: Brief | None = None,
         max_tokens: int = 8_192,
         temperature: float | None = None,
         most_characters: int = CONVERSATION_CHARACTERS,
@@ -75,6 +117,7 @@ class ModelInvestigator:
         Args:
             client: a live model that can call tools.
             tools: plain schemas (`name`, `description`, `parameters`), the notes among them.
+            brief: what it is told of its work; a question about a behaviour where left out.
             max_tokens: of each reply.
             temperature: None leaves the provider's default.
             most_characters: of the conversation, beyond which its older results are shortened.
@@ -84,8 +127,9 @@ class ModelInvestigator:
         """
         self.name = client.name
         self._client = client
+        self._brief = BehaviourBrief() if brief is None else brief
         self._schemas = {str(tool["name"]): tool["parameters"] for tool in tools}
-        if missing := [name for name in NEEDED if name not in self._schemas]:
+        if missing := [name for name in self._brief.notes if name not in self._schemas]:
             raise ValueError(f"no schema of {', '.join(missing)}; there are: {', '.join(self._schemas)}")
         self._tools = tuple(tool_text(tool["name"], tool["description"], tool["parameters"]) for tool in tools)
         self._max_tokens = max_tokens
@@ -114,7 +158,7 @@ class ModelInvestigator:
                 decided later.
         """
         turns = [Turn.of(kept) for kept in view.said]
-        told = told_now(view, turns)
+        told = self._brief.told(view, turns)
         reply = await self._answered(view, turns, told)
         claims = claims_of((call for turn in turns for call in turn.calls), self._schemas)
         if reply.status not in ("ok", "empty", "truncated"):
@@ -126,7 +170,7 @@ class ModelInvestigator:
         book.take(reply.calls if reply.status == "ok" else ())
         said = _words(reply.text)
         turn = Turn(told, said, tuple(book.asked), reply.status == "truncated")
-        gave_up = _silent([*turns, turn]) >= MOST_SILENT
+        gave_up = silent([*turns, turn]) >= MOST_SILENT
         return Decision(
             calls=tuple(book.calls),
             hypotheses=tuple(book.hypotheses.values()),
@@ -145,14 +189,14 @@ class ModelInvestigator:
 
     def _request(self, view: View, turns: Sequence[Turn], told: str, most: int) -> Request:
         results = {result.call.id: result for result in view.results}
-        messages = conversation(beginning(view), turns, told, results, most)
+        messages = conversation(self._brief.beginning(view), turns, told, results, most)
         return Request(
             messages,
             max_tokens=self._max_tokens,
             temperature=self._temperature,
             # All of it is the beginning of the next request: a provider may keep it.
             shared=len(messages),
-            prompt_digest=digest(prompt_digest("investigate"), prompt_digest("investigate_results")),
+            prompt_digest=self._brief.digest,
             tools=self._tools,
         )
 
@@ -220,12 +264,22 @@ def told_now(view: View, turns: Sequence[Turn]) -> str:
         "investigate_results",
         experiments=[_experiment(one) for one in view.results if one.call.id in new and one.experiment],
         notes=[line(note) for note in view.notes],
-        silent=_silent(turns),
+        silent=silent(turns),
         cut=int(bool(turns) and turns[-1].cut),
         steps=view.steps_left,
         left=_left(view.left),
     )
     return rendered.messages[-1].text
+
+
+def silent(turns: Sequence[Turn]) -> int:
+    """Return how many replies called nothing, counted from the last one back."""
+    count = 0
+    for turn in reversed(turns):
+        if turn.calls:
+            break
+        count += 1
+    return count
 
 
 def _left(left: Left) -> list[Line]:
@@ -255,16 +309,6 @@ class _ShownExperiment:
 
 def _experiment(result: Result) -> _ShownExperiment:
     return _ShownExperiment(line(result.experiment), -1 if result.predicted is None else int(result.predicted))
-
-
-def _silent(turns: Sequence[Turn]) -> int:
-    """Return how many replies called nothing, counted from the last one back."""
-    silent = 0
-    for turn in reversed(turns):
-        if turn.calls:
-            break
-        silent += 1
-    return silent
 
 
 def _words(text: str) -> str:

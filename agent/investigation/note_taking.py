@@ -56,7 +56,7 @@ class Notebook:
 
     def take(self, calls: Sequence[ToolCall]) -> None:
         """Sort the calls of the reply, in their order."""
-        others = any(call.name not in NOTES for call in calls)
+        others = any(not self._is_note(call.name) for call in calls)
         for call in calls:
             self._take(call, others)
 
@@ -64,7 +64,7 @@ class Notebook:
         asked = Asked(sendable(call.id), _sendable_name(call.name), sendable(call.arguments_json))
         try:
             arguments = self._arguments(call)
-            if call.name not in NOTES:
+            if not self._is_note(call.name):
                 self.asked.append(replace(asked, run=self._run(call, arguments)))
                 return
             fit = fitting(call.name, arguments, dict(self.schemas[call.name]))
@@ -73,6 +73,10 @@ class Notebook:
             self.asked.append(replace(asked, answer=fenced("error", str(error)), failed=True))
         else:
             self.asked.append(replace(asked, answer=answer))
+
+    def _is_note(self, name: str) -> bool:
+        """Return whether this is a note; one that was not offered is a tool that is not there."""
+        return name in NOTES and name in self.schemas
 
     def _arguments(self, call: ToolCall) -> dict[str, Any]:
         value, why = read_arguments(call.arguments_json)

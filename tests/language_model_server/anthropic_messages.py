@@ -61,7 +61,18 @@ def question(body: Mapping[str, Any]) -> Question:
         tool=tool,
         structured=schema is not None,
         temperature=body.get("temperature") is not None,
+        offered=tuple(tool["name"] for tool in body.get("tools", [])),
+        results=tuple(_results(messages)),
     )
+
+
+def _results(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the texts that calls have returned."""
+    for message in messages:
+        for block in message["content"] if isinstance(message["content"], list) else ():
+            if block["type"] == "tool_result":
+                content = block.get("content", "")
+                yield content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _blocks(role: str, content: Any) -> Iterator[Block]:

@@ -73,6 +73,8 @@ class Behaviour:
     seed: int = 0
     meanings: Mapping[str, str] = field(default_factory=dict)
     """Explanation → predicate that says what it means. The oracle reads an explanation that is missing as a predicate."""
+    blind: Literal["", "writer", "agent"] = ""
+    """Whose explanations mean nothing: those that are asked for in one go, or those of an agent with tools."""
     otherwise: str = ""
     """Predicate that the oracle takes for an explanation that means nothing to it; where empty, that is an error."""
     verdicts: tuple[Mapping[str, Any], ...] = ()

@@ -23,6 +23,7 @@ from typing import Any
 
 from exegete.tools.predicates import Member, Predicate, PredicateError, parse, quote, words_of
 
+from .agents import agent_reply
 from .answers import Answer, Called, Content, Said, answer, said_text
 from .behaviours import Behaviour, Model, Recorded, uniform
 from .questions import Question, RequestError
@@ -47,6 +48,8 @@ def reply(model: Model, question: Question) -> Answer:
     schema = question.schema or schema_in_words(question.user)
     try:
         reading = read(question.instructions, question.user)
+        if "finish" in question.offered and reading.task == "explain":
+            return agent_reply(reading, question.results, blind=model.behaviour.blind == "agent")
     except Unreadable:
         if kind == "replay":
             raise RequestError(400, "replay: there is no window in the prompt") from None
@@ -58,6 +61,8 @@ def _content(model: Model, reading: Reading, question: Question) -> Content:
     kind = model.behaviour.answer
     if kind == "replay":
         return Content(tuple(_recorded(model, reading, window) for window in reading.passages))
+    if reading.task == "explain" and model.behaviour.blind == "writer":
+        return _named("never")
     if reading.task == "explain":
         return _named(_words_of_marks(reading) if reading.passages else _among("token", reading.promoted[:10]))
     if reading.task == "merge":

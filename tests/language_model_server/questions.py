@@ -46,6 +46,10 @@ class Question:
     """The tool that the answer must call."""
     top_logprobs: int | None = None
     """None where no log-probabilities were asked for."""
+    offered: tuple[str, ...] = ()
+    """Names of the tools that the model may call."""
+    results: tuple[str, ...] = ()
+    """What its calls have returned so far."""
     structured: bool = False
     temperature: bool = False
 

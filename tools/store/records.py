@@ -89,7 +89,8 @@ class StepRecord:
     step: int
     """Position on the way, from 0."""
     rung: str
-    """The explainer, or `best-of` for what is drawn at equal cost on the control subset."""
+    """The explainer, or what is drawn on the control subset: `best-of` at the cost of the climb, `best-of beside test-and-refine`
+    for the tokens of that rung."""
     explanation_id: str | None
     """None where the explainer gave none."""
     refine: float | None

@@ -68,7 +68,7 @@ COMMENT ON VIEW climbs IS 'One row an explanation that a latent tried on its way
 COMMENT ON COLUMN climbs.dictionary IS 'Fingerprint of the dictionary.';
 COMMENT ON COLUMN climbs.latent IS 'Index of the latent in its dictionary.';
 COMMENT ON COLUMN climbs.step IS 'Position on the way up, from 0.';
-COMMENT ON COLUMN climbs.rung IS 'The explainer that wrote it, or best-of for what the control subset drew at equal cost.';
+COMMENT ON COLUMN climbs.rung IS 'The explainer that wrote it, or what the control subset drew: best-of at the cost of the climb, best-of beside test-and-refine for the tokens of that rung.';
 COMMENT ON COLUMN climbs.explanation_id IS 'The explanation; null where the explainer gave none.';
 COMMENT ON COLUMN climbs.refine IS 'Mean balanced accuracy of detection and fuzzing on the refine split: the figure that decides, not one to report.';
 COMMENT ON COLUMN climbs.refine_low IS 'Lower end of its 95 % interval.';
