@@ -71,11 +71,16 @@ def _blocks(page: Page) -> Iterator[str]:
         for one in page.experiments
     ]
     yield from _table(("experiment", "predicted", "found", "control", ""), rows)
-    yield "\n## Hypotheses\n"
+    yield "\n## Hypotheses considered\n"
     yield from _table(
-        ("", "hypothesis", "in the end", "tested by"),
+        ("", "hypothesis", "in the end", "as it predicts", "not as it predicts", "no figure"),
         [
-            (plain_text(one.id), _said(page, one.statement), one.status, _links(page.tested[one.id]))
+            (plain_text(one.id), _said(page, one.statement), one.status)
+            + (
+                _links(page.tested[one.id].held),
+                _links(page.tested[one.id].missed),
+                _links(page.tested[one.id].unsettled),
+            )
             for one in record.hypotheses
         ],
     )

@@ -113,6 +113,16 @@ class LatentShown:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """The experiments that tested a hypothesis, by what became of the predictions that were made from it."""
+
+    held: tuple[str, ...]
+    missed: tuple[str, ...]
+    unsettled: tuple[str, ...]
+    """Those without a figure."""
+
+
+@dataclass(frozen=True)
 class Page:
     """What a report says."""
 
@@ -130,8 +140,8 @@ class Page:
     effects: Plot | None
     hit_rate: str
     experiments: tuple[ExperimentShown, ...]
-    tested: Mapping[str, tuple[str, ...]]
-    """Hypothesis → experiments that tested it."""
+    tested: Mapping[str, Tested]
+    """By hypothesis."""
     latents: tuple[LatentShown, ...]
     left_out: int
     """Latents that are not listed."""
@@ -210,13 +220,15 @@ def page(record: InvestigationRecord, folder: Path) -> Page:
         effects=_effects(record),
         hit_rate=hit_rate(record),
         experiments=tuple(_experiment(record, one, folder) for one in record.experiments),
-        tested={
-            one.id: tuple(e.id for e in record.experiments if e.prediction.hypothesis == one.id)
-            for one in record.hypotheses
-        },
+        tested={one.id: _tested(record, one.id) for one in record.hypotheses},
         latents=latents,
         left_out=left_out,
     )
+
+
+def _tested(record: InvestigationRecord, hypothesis: str) -> Tested:
+    own = [one for one in record.experiments if one.prediction.hypothesis == hypothesis]
+    return Tested(*(tuple(one.id for one in own if one.predicted is settled) for settled in (True, False, None)))
 
 
 def _claim(record: InvestigationRecord, place: int, verdict: Verdict) -> ClaimShown:

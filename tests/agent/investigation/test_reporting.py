@@ -233,7 +233,15 @@ def test_what_a_language_model_wrote_is_marked_and_what_the_recipe_wrote_is_not(
 
 def test_rejected_hypotheses_and_what_tested_them_are_shown() -> None:
     source, plain = shown(investigation())
-    assert "| H2 | Latent 5 alone carries it | rejected | [E3](#e3) |" in plain
+    # For it and against it, and what came to no figure.
+    assert "| H1 | Latents 17 and 21 carry it | supported | [E1](#e1), [E4](#e4) | [E2](#e2) | [E5](#e5) |" in plain
+    assert "| H2 | Latent 5 alone carries it | rejected | [E3](#e3) | – | – |" in plain
+    assert "| H3 | The position carries it | open | – | – | – |" in plain
+    assert re.search(
+        r'Latents 17 and 21 carry it</td><td class="hit">supported</td><td><a href="#E1">E1</a>, <a href="#E4">E4</a></td>'
+        r'<td><a href="#E2">E2</a></td><td><a href="#E5">E5</a></td>',
+        source,
+    )
     assert re.search(r'Latent 5 alone carries it</td><td class="miss">rejected</td><td><a href="#E3">E3</a>', source)
 
 
