@@ -236,7 +236,8 @@ def _inquiry(ledger: Ledger, live: Live, models: LanguageModels, around: Around)
         return _bench(record, live, metric, models, loop)
 
     def toolbelt(bench: Bench) -> Toolbelt:
-        return Toolbelt(bench, recall=inquiry.recall)
+        # Looked up when it is called: the tools are described before there is an inquiry.
+        return Toolbelt(bench, recall=lambda experiment: inquiry.recall(experiment))
 
     inquiry = Inquiry(
         ledger=ledger,
