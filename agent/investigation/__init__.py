@@ -12,5 +12,5 @@ graph          frame → approve → think → predict → experiment → update
 verifying      claims checked by code on held-out prompts; family: p-values of claims that are judged together
 recipe         the investigator without a language model
 model          the one with: conversation is what it is told, note_taking what its calls come to
-reporting      the report, in Markdown and HTML
+reporting      the report, in Markdown and HTML; gist: what it says first
 """

@@ -28,20 +28,31 @@ def tally(record: InvestigationRecord) -> tuple[tuple[str, tuple[str, ...]], ...
 
 
 def outside(record: InvestigationRecord) -> str:
-    """Return what the first attribution says of the share of the dictionary's error; empty where there is none.
+    """Return what the first attribution says of the dictionary's error; empty where there is none.
 
     The error stays in place in every intervention on latents: what it carries, no experiment here can take away.
     """
     for one in record.experiments:
-        share = one.facts.get("error_share")
-        if not isinstance(share, Mapping):
+        share = _estimate(one.facts.get("error_share"))
+        if not share:
             continue
-        value, low, high = (share.get(name) for name in ("value", "low", "high"))
-        if isinstance(value, int | float):
-            known = isinstance(low, int | float) and isinstance(high, int | float)
-            interval = f" [{number(low)}, {number(high)}]" if known else ""
-            return f"{number(value)}{interval} of all attributions is its error's ({one.id}), which no intervention changes"
+        said = f"{share} of the size of all attributions is its error's ({one.id}), which no intervention changes"
+        alone = one.facts.get("error_total")
+        if isinstance(alone, Mapping) and (lost := _estimate(alone.get("exact"))):
+            said += f"; with the error alone at zero the metric loses {lost}"
+        return said
     return ""
+
+
+def _estimate(found: object) -> str:
+    """Return an estimate as a record holds it, with its interval; empty for anything else."""
+    if not isinstance(found, Mapping):
+        return ""
+    value, low, high = (found.get(name) for name in ("value", "low", "high"))
+    if not isinstance(value, int | float):
+        return ""
+    known = isinstance(low, int | float) and isinstance(high, int | float)
+    return number(value) + (f" [{number(low)}, {number(high)}]" if known else "")
 
 
 def p_value(verdict: Verdict) -> str:

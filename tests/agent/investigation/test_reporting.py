@@ -147,10 +147,14 @@ def test_what_the_dictionary_leaves_out_is_said_where_it_was_measured() -> None:
     record = investigation()
     share = {"error_share": {"value": 0.25, "low": 0.2, "high": 0.3, "sd": 0.1, "n": 16}}
     measured = replace(record, experiments=(replace(record.experiments[0], facts=share), *record.experiments[1:]))
-    words = "0.25 [0.2, 0.3] of all attributions is its error's (E1), which no intervention changes"
+    words = "0.25 [0.2, 0.3] of the size of all attributions is its error's (E1), which no intervention changes"
     source, plain = shown(measured)
     assert f"<dd>{words.replace(chr(39), '&#39;')}</dd>" in source and plain_text(words) in plain
     assert "Not in the dictionary" not in shown(record)[0]
+    alone = {"error_total": {"exact": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+    first = replace(record.experiments[0], facts={**share, **alone})
+    more = shown(replace(record, experiments=(first, *record.experiments[1:])))[1]
+    assert plain_text("; with the error alone at zero the metric loses 0.5 [0.4, 0.6]") in more
 
 
 def test_latents_without_labels_and_calls_without_arguments_say_so() -> None:
