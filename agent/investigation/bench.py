@@ -45,6 +45,10 @@ class Bench:
     """Random sets of latents beside each experiment."""
     sealed: bool = False
     """Whether a labeling is what the investigator is asked for: then no tool shows windows of the test split."""
+    query_s: float = 10.0
+    """Seconds that SQL may take."""
+    query_mb: int = 1_000
+    """Megabytes that it may take."""
     loop: asyncio.AbstractEventLoop | None = None
     """Where the judge's connections live; None where it may be asked from any loop."""
 

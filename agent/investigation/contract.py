@@ -236,6 +236,8 @@ class Decision:
     answer: str = ""
     """The answer in words, where `done`."""
     done: bool = False
+    again: str = ""
+    """Why there is none now and it is to be asked for again later: the model could not be reached. Empty where it is one."""
     said: Sequence[Mapping[str, Any]] = ()
     """What it keeps for itself, for example a conversation: returned to it in `View.said`, until the next decision's."""
 

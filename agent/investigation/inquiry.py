@@ -274,9 +274,13 @@ class Inquiry:
                     raise
                 over = Stopped(str(error), budget=True)
             else:
-                # What nobody will see any more is not run.
-                return self.ledger.decide(step, replace(decision, calls=()) if decision.done else decision)
-        self.ledger.stop(over.why, over.budget)
+                if not decision.again:
+                    # What nobody will see any more is not run.
+                    return self.ledger.decide(step, replace(decision, calls=()) if decision.done else decision)
+                # Whoever asked to stop while a server failed wants no verifying.
+                self._check_stopping()
+                over = Stopped(decision.again, budget=False, again=True)
+        self.ledger.stop(over.why, over.budget, over.again)
         self.say(f"the search ends: {over.why}")
         return None
 

@@ -42,7 +42,7 @@ _NO_STOP: Callable[[], bool] = lambda: False  # noqa: E731
 
 @dataclass(frozen=True)
 class Around:
-    """Who is around an investigation while it goes on; nothing of it changes what is found."""
+    """Who and what is around an investigation while it goes on; nothing of it is kept, and no figure depends on it."""
 
     sharing: Sharing | None = None
     """One live model for several investigations at a time; without, each loads its own."""
@@ -54,6 +54,10 @@ class Around:
     """Where it says how far it is."""
     stopping: Callable[[], bool] = field(default=_NO_STOP)
     """Once it is true, the investigation stops after what is under way; the same call goes on."""
+    query_s: float = 10.0
+    """Seconds that one query of the investigator's over the store may take; what takes longer is refused."""
+    query_mb: int = 1_000
+    """Megabytes that it may take."""
 
 
 def investigate(
@@ -166,11 +170,11 @@ async def resumed(
 
 
 def _reopened(ledger: Ledger, budget: Budget) -> None:
-    """Settle what may be used, and where that was what ended the investigation and there is more now, let it go on."""
+    """Settle what may be used, and let the investigation go on where that ended it and there is more now, or a failing server did."""
     before = ledger.begun().budget
     ledger.set_budget(budget)
     stopped = ledger.stopped
-    if stopped is not None and stopped.budget and _more(before, budget):
+    if stopped is not None and (stopped.again or (stopped.budget and _more(before, budget))):
         ledger.reopen()
 
 
@@ -198,7 +202,7 @@ async def _gone_on(ledger: Ledger, live: Live, models: ModelsConfig, around: Aro
 
     record = ledger.begun()
     name = record.investigator if around.investigator is None else ""
-    async with language_models(ledger.folder, record.id, name, record.judge, models) as asked:
+    async with language_models(ledger.folder, record.id, name, record.judge, models, around.stopping) as asked:
         inquiry = _inquiry(ledger, live, asked, around)
         try:
             with _steps(ledger, around) as inquiry.advance:
@@ -233,7 +237,7 @@ def _inquiry(ledger: Ledger, live: Live, models: LanguageModels, around: Around)
     record, loop = ledger.begun(), asyncio.get_running_loop()
 
     def bench(metric: Metric) -> Bench:
-        return _bench(record, live, metric, models, loop)
+        return replace(_bench(record, live, metric, models, loop), query_s=around.query_s, query_mb=around.query_mb)
 
     def toolbelt(bench: Bench) -> Toolbelt:
         # Looked up when it is called: the tools are described before there is an inquiry.

@@ -5,7 +5,7 @@ The journal lies in the investigation's folder. What it answers is never asked a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,12 @@ def require_known(investigator: str) -> None:
 
 @asynccontextmanager
 async def language_models(
-    folder: Path, run: str, investigator: str, judge: str, config: ModelsConfig
+    folder: Path,
+    run: str,
+    investigator: str,
+    judge: str,
+    config: ModelsConfig,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[LanguageModels]:
     """Open what an investigation asks, in the event loop that it runs in.
 
@@ -97,6 +102,7 @@ async def language_models(
         investigator: a language model; anything else is not opened.
         judge: a language model; empty for none.
         config: as `checked_models` returns it.
+        stopping: once it is true, a call that fails is not sent again.
 
     Raises:
         UserError: a client cannot be made, or the journal is damaged or held by another process.
@@ -110,7 +116,7 @@ async def language_models(
         budget = budget_of(config)
         if budget is not None:
             budget.spent_usd, budget.spent_tokens = journal.spent_usd(run), _tokens(journal, run)
-        async with Models(config, lambda: journal.of_run(run), budget) as models:
+        async with Models(config, lambda: journal.of_run(run), budget, stopping=stopping) as models:
             clients: Sequence[Client | None] = [models.client(spec) if spec else None for spec in (own, judge)]
             yield LanguageModels(clients[0], clients[1], journal, run)
     finally:

@@ -56,6 +56,8 @@ class Stopped:
     why: str
     budget: bool
     """Whether something was used up."""
+    again: bool = False
+    """Whether it may end otherwise when it is gone on with: the language model could not be reached."""
 
 
 class Ledger:
@@ -226,9 +228,9 @@ class Ledger:
         known = self._file.fact(f"spent before {step}", Spent)
         return known or self._file.first(f"spent before {step}", Spent, spent())
 
-    def stop(self, why: str, budget: bool) -> None:
+    def stop(self, why: str, budget: bool, again: bool = False) -> None:
         """Write down why the search ended before the investigator was done."""
-        self._file.first("stopped", Stopped, Stopped(why, budget))
+        self._file.first("stopped", Stopped, Stopped(why, budget, again))
 
     @property
     def stopped(self) -> Stopped | None:
@@ -284,7 +286,7 @@ class Ledger:
         return replace(
             self.begun(),
             metric=self.metric,
-            status="interrupted" if ended is None else "budget" if stopped and stopped.budget else "finished",
+            status=_status(ended is not None, stopped),
             stopped=stopped.why if stopped else "",
             finished_at=ended["at"] if ended else None,
             spent=self.spent(),
@@ -293,13 +295,15 @@ class Ledger:
             verdicts=self.verdicts or (),
             answer=last.answer if last else "",
             notes=self.notes(),
-            lookups=self._lookups(),
+            lookups=self._used("status = 'ok'"),
+            failed=self._used("status <> 'ok'"),
         )
 
-    def _lookups(self) -> dict[str, int]:
+    def _used(self, where: str) -> dict[str, int]:
+        """Return how often each tool was called where that came to no experiment."""
         return dict(
             self._file.rows(
-                "SELECT tool, count(*) FROM calls WHERE status = 'ok' AND experiment IS NULL AND repeats = '' "
+                f"SELECT tool, count(*) FROM calls WHERE {where} AND experiment IS NULL AND repeats = '' "
                 "GROUP BY tool ORDER BY tool"
             )
         )
@@ -362,6 +366,12 @@ _SELECT = (
     "one.prediction, one.predicted_at, one.finished_at, one.passes, one.seconds "
     "FROM calls one LEFT JOIN calls former ON former.call = one.repeats"
 )
+
+
+def _status(ended: bool, stopped: Stopped | None) -> Literal["finished", "interrupted", "budget"]:
+    if not ended or (stopped is not None and stopped.again):
+        return "interrupted"
+    return "budget" if stopped is not None and stopped.budget else "finished"
 
 
 def _now() -> str:

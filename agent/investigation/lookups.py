@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from exegete.agent.investigation.contract import Case
     from exegete.tools.search import Found, Hit
 
-QUERY_SECONDS = 10.0
 ROWS = 200
 WIDEST = 160
 """Characters of a cell in the text; the facts have more."""
@@ -38,7 +37,7 @@ MOST_PROMPTS = 50
 
 @tool("lookup")
 def sql(bench: Bench, query: str) -> Outcome:
-    """Run one SELECT (DuckDB) over the store of labels. Read-only, 10 seconds, 200 rows; windows of the test split are not there.
+    """Run one SELECT (DuckDB) over the store of labels. Read-only, some seconds, 200 rows; windows of the test split are not there.
 
     The views that matter most: latents (how each fires), explanations, best_explanations (text with detection and fuzzing,
     their intervals and shuffled floors), scores, examples (windows as text), neighbours (decoder cosine). The tool `views`
@@ -47,7 +46,9 @@ def sql(bench: Bench, query: str) -> Outcome:
     Args:
         query: for example SELECT latent, text, detection, detection_shuffled FROM best_explanations ORDER BY detection DESC LIMIT 20
     """
-    found = query_apart(_store(bench), query, time_limit_s=QUERY_SECONDS, row_limit=ROWS)
+    found = query_apart(
+        _store(bench), query, time_limit_s=bench.query_s, row_limit=ROWS, memory_mb=bench.query_mb
+    )
     rows = found.rows
     more = f", of more than {ROWS}: add a LIMIT and OFFSET, or aggregate" if found.truncated else ""
     head = f"{len(rows)} row{'' if len(rows) == 1 else 's'}{more}"
@@ -162,13 +163,13 @@ def _store(bench: Bench) -> Path:
 def _reading(bench: Bench) -> Iterator[duckdb.DuckDBPyConnection]:
     """Read the store, for a limited time."""
     connection = connect(_store(bench))
-    timer = threading.Timer(QUERY_SECONDS, connection.interrupt)
+    timer = threading.Timer(bench.query_s, connection.interrupt)
     timer.daemon = True
     timer.start()
     try:
         yield connection
     except duckdb.InterruptException as error:
-        raise ToolError(f"it took longer than {QUERY_SECONDS:g} s; ask for less") from error
+        raise ToolError(f"it took longer than {bench.query_s:g} s; ask for less") from error
     finally:
         timer.cancel()
         connection.close()

@@ -24,6 +24,7 @@ from exegete.agent.investigation.conversation import Turn, conversation, sendabl
 from exegete.agent.investigation.note_taking import NEEDED, Notebook, claims_of
 from exegete.tools.errors import UserError
 from exegete.tools.llm import Client, Message, Reply, Request, schema_text, tool_text
+from exegete.tools.llm.journaled import UNANSWERED
 from exegete.tools.prompting import Line, Rendered, line, prompt_digest, render, spoken, window_line
 from exegete.tools.seeds import digest
 
@@ -43,10 +44,10 @@ _FRAME_SCHEMA = schema_text(
     {
         "type": "object",
         "properties": {
-            "kind": {"enum": ["log_odds", "log_probability", "judged", None]},
-            "answer": {"type": ["string", "null"]},
-            "other": {"type": ["string", "null"]},
-            "criterion": {"type": ["string", "null"]},
+            "kind": {
+                "anyOf": [{"type": "string", "enum": ["log_odds", "log_probability", "judged"]}, {"type": "null"}]
+            },
+            **dict.fromkeys(("answer", "other", "criterion"), {"anyOf": [{"type": "string"}, {"type": "null"}]}),
         },
         "required": ["kind", "answer", "other", "criterion"],
         "additionalProperties": False,
@@ -163,7 +164,8 @@ class ModelInvestigator:
         claims = claims_of((call for turn in turns for call in turn.calls), self._schemas)
         if reply.status not in ("ok", "empty", "truncated"):
             answer = f"[The investigation ended early: the model's reply failed: {_why(reply)}]"
-            return Decision(claims=tuple(claims), answer=answer, done=True, said=view.said)
+            again = f"{self.name} gave no answer ({_why(reply)})" if reply.status in UNANSWERED else ""
+            return Decision(claims=tuple(claims), answer=answer, done=True, again=again, said=view.said)
         experiments = frozenset(result.experiment for result in view.results if result.experiment)
         known = {one.id: one for one in view.hypotheses}
         book = Notebook(len(turns) + 1, self._schemas, known, experiments, claims)

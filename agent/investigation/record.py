@@ -115,6 +115,8 @@ class InvestigationRecord:
     """What the person who watched said."""
     lookups: Mapping[str, int] = field(default_factory=dict)
     """Tool that looks something up → times that it was used."""
+    failed: Mapping[str, int] = field(default_factory=dict)
+    """Tool → calls that were refused or went wrong before they were an experiment: those have records of their own."""
     opened: Mapping[str, Any] = field(default_factory=dict)
     """How subject and dictionary were opened: the fields of `agent.live.Wanted` as plain values (paths as texts)."""
     texts: tuple[str, ...] = ()

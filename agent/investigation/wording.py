@@ -6,7 +6,7 @@ Everything here is text without any mark-up; whoever lays it out escapes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,9 @@ def facts(record: InvestigationRecord) -> Iterable[tuple[str, str]]:
     yield "Prompts", f"{len(record.cases):,} to search on; {len(record.held_out):,} held out, for checking claims alone"
     yield "Spent", "; ".join(_spent(record))
     if record.lookups:
-        yield "Looked up", ", ".join(f"{tool} ×{times}" for tool, times in record.lookups.items())
+        yield "Looked up", _times(record.lookups)
+    if record.failed:
+        yield "Not done as asked", _times(record.failed)
     for note in record.notes:
         yield "Told meanwhile", note
     yield "Seed", str(record.seed)
@@ -177,6 +179,10 @@ def _spent(record: InvestigationRecord) -> Iterable[str]:
     yield f"{spent.calls:,} calls to language models"
     yield f"{spent.tokens:,}{_of(budget.tokens)} tokens"
     yield f"${spent.usd:,.2f}" + ("" if budget.usd is None else f" of ${budget.usd:,.2f}")
+
+
+def _times(used: Mapping[str, int]) -> str:
+    return ", ".join(f"{tool} ×{times}" for tool, times in used.items())
 
 
 def _of(most: int | None) -> str:

@@ -61,6 +61,7 @@ def question(body: Mapping[str, Any]) -> Question:
         tool=tool,
         structured=schema is not None,
         temperature=body.get("temperature") is not None,
+        turn=sum(message["role"] == "assistant" for message in messages),
         offered=tuple(tool["name"] for tool in body.get("tools", [])),
         results=tuple(_results(messages)),
     )

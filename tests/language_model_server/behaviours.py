@@ -81,6 +81,9 @@ class Behaviour:
     """Recorded for replay: {"task", "text" as rendered, "applies", "explanation" (may be missing)}."""
     replies: tuple[Any, ...] = ()
     """Of the script, used up in order: a text, or {"text" or "json": …, "stop": …, "calls": [{"name", "arguments", "id"}]}."""
+    by_turn: bool = False
+    """The script's reply is the one for as many replies as the conversation has, not the next: asked again, it says the same.
+    A question with a schema is answered by the first with "json", any other by the rest."""
     faults: tuple[Fault, ...] = ()
     requests_per_s: float | None = None
     """More than so many are answered with 429."""

@@ -44,7 +44,7 @@ def reply(model: Model, question: Question) -> Answer:
     """
     kind = model.behaviour.answer
     if kind == "scripted":
-        return _scripted(model)
+        return _scripted(model, question)
     schema = question.schema or schema_in_words(question.user)
     try:
         reading = read(question.instructions, question.user)
@@ -77,10 +77,17 @@ def _content(model: Model, reading: Reading, question: Question) -> Content:
     return Content((Said(False, words=_WORDS.get(reading.task, ("0", "1"))),) * count)
 
 
-def _scripted(model: Model) -> Answer:
-    if not model.script:
+def _scripted(model: Model, question: Question) -> Answer:
+    if model.behaviour.by_turn:
+        fit = [
+            one for one in model.behaviour.replies if (isinstance(one, dict) and "json" in one) is question.structured
+        ]
+        rest = fit[0 if question.structured else question.turn :]
+    else:
+        rest = [model.script.popleft()] if model.script else []
+    if not rest:
         raise RequestError(400, "the script is used up")
-    line = model.script.popleft()
+    line = rest[0]
     if isinstance(line, str):
         return said_text(line)
     text = json.dumps(line["json"], ensure_ascii=False) if "json" in line else line.get("text", "")

@@ -48,6 +48,7 @@ def question(body: Mapping[str, Any]) -> Question:
         top_logprobs=(top or 0) if body.get("logprobs") else None,
         structured=(body.get("response_format") or {}).get("type", "text") != "text",
         temperature=body.get("temperature") is not None,
+        turn=sum(role == "assistant" for role, _ in turns),
         offered=tuple(tool["function"]["name"] for tool in body.get("tools") or ()),
         results=tuple(_turn(message)[1] for message in messages or [] if message["role"] == "tool"),
     )

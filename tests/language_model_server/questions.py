@@ -51,6 +51,8 @@ class Question:
     results: tuple[str, ...] = ()
     """What its calls have returned so far."""
     structured: bool = False
+    turn: int = 0
+    """Replies of the model that the conversation has so far."""
     temperature: bool = False
 
 

@@ -10,7 +10,7 @@ from .behaviours import STATUSES
 from .openai_chat import model_entry, model_list
 from .questions import RequestError
 from .record import Entry, Log
-from .service import ANTHROPIC, OPENAI, Service, Wire, error_of, failed, parsed
+from .service import ANTHROPIC, OPENAI, Service, Wire, error_of, failed, key_of, parsed
 from .wire import Incoming, Outgoing, as_json
 
 
@@ -33,7 +33,7 @@ class Server:
         wire = ANTHROPIC if path.startswith("/v1/messages") or "anthropic-version" in incoming.headers else OPENAI
         entry = self.service.log.enter(_route(incoming), path)
         entry.status = 401
-        if not _key(incoming):
+        if not key_of(incoming):
             return failed(wire, RequestError(401, "You didn't provide an API key.", "invalid_api_key"))
         if entry.route == "completions":
             return await self.service.complete(wire, incoming, entry)
@@ -108,12 +108,6 @@ def _route(incoming: Incoming) -> str:
     if incoming.method == "GET":
         return "downloads" if path.endswith(("/content", "/results")) else "polls"
     return "files" if path.startswith("/v1/files") else "batches"
-
-
-def _key(incoming: Incoming) -> str:
-    """The key that was sent, in either of the providers' headers."""
-    bearer = incoming.headers.get("authorization", "").removeprefix("Bearer").strip()
-    return incoming.headers.get("x-api-key", "") or bearer
 
 
 def _anthropic_model(name: str) -> dict[str, Any]:

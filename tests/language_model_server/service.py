@@ -27,7 +27,7 @@ from .wire import Incoming, Outgoing, as_json
 _MESSAGES = {
     "429": "Rate limit reached. Please try again later.",
     "quota": "You exceeded your current quota, please check your plan and billing details.",
-    "401": "Incorrect API key provided.",
+    "401": "Incorrect API key provided: {key}.",
     "529": "Overloaded",
 }
 
@@ -91,7 +91,7 @@ class Service:
         fault = model.fault("completions", entry.question, asked.user[-1] if asked.user else "")
         entry.fault = fault.kind if fault else ""
         if fault and fault.kind in STATUSES:
-            return failed(wire, error_of(fault), fault)
+            return failed(wire, error_of(fault, key_of(incoming)), fault)
         if fault and fault.kind == "hang":
             return Outgoing(hold_s=fault.seconds, cut_at=-1)
         if fault and fault.kind == "cut":
@@ -192,12 +192,23 @@ def _refuse(behaviour: Behaviour, asked: Question) -> None:
         raise RequestError(400, "'temperature' is not supported with this model", "unsupported_value")
 
 
-def error_of(fault: Fault) -> RequestError:
-    """Return the error that a fault stands for; a line of a batch that hangs or is cut has failed inside."""
+def key_of(incoming: Incoming) -> str:
+    """Return the key that was sent, in either of the providers' headers."""
+    bearer = incoming.headers.get("authorization", "").removeprefix("Bearer").strip()
+    return incoming.headers.get("x-api-key", "") or bearer
+
+
+def error_of(fault: Fault, key: str = "") -> RequestError:
+    """Return the error that a fault stands for; a line of a batch that hangs or is cut has failed inside.
+
+    A key that is not taken is quoted, as providers do.
+    """
     code = "insufficient_quota" if fault.kind == "quota" else None
     status = STATUSES.get(fault.kind, 500)
     return RequestError(
-        status, _MESSAGES.get(fault.kind, "The server had an error while processing your request."), code
+        status,
+        _MESSAGES.get(fault.kind, "The server had an error while processing your request.").format(key=key),
+        code,
     )
 
 

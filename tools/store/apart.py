@@ -45,7 +45,13 @@ class Rows:
 
 
 def query_apart(
-    store: str | Path, sql: str, *, time_limit_s: float = 10.0, row_limit: int = 200, start_s: float = START_SECONDS
+    store: str | Path,
+    sql: str,
+    *,
+    time_limit_s: float = 10.0,
+    row_limit: int = 200,
+    memory_mb: int = 1_000,
+    start_s: float = START_SECONDS,
 ) -> Rows:
     """Run one SELECT as `safe_query` does, in a process of its own.
 
@@ -54,15 +60,15 @@ def query_apart(
         sql: the query.
         time_limit_s: of the query.
         row_limit: rows, at most.
+        memory_mb: megabytes (10⁶ bytes) that DuckDB may take for it.
         start_s: beyond that, for the process to start and end.
 
     Raises:
         ToolError: as `safe_query`; or it needs more memory than a process may have, or gives more than can be shown.
         UserError: the store cannot be read.
     """
-    asked = json.dumps(
-        {"store": str(Path(store).resolve()), "sql": sql, "time_limit_s": time_limit_s, "row_limit": row_limit}
-    )
+    limits = {"time_limit_s": time_limit_s, "row_limit": row_limit, "memory_limit": f"{memory_mb}MB"}
+    asked = json.dumps({"store": str(Path(store).resolve()), "sql": sql, "limits": limits})
     # -P: a folder that somebody works in may hold files that are called like modules.
     command = [sys.executable, "-P", "-m", __name__]
     try:
@@ -96,9 +102,7 @@ def _environment() -> dict[str, str]:
 def _run(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the child tells."""
     try:
-        found = safe_query(
-            asked["store"], asked["sql"], time_limit_s=asked["time_limit_s"], row_limit=asked["row_limit"]
-        )
+        found = safe_query(asked["store"], asked["sql"], **asked["limits"])
         rows = [[_cell(value, CELL) for value in row] for row in found.rows]
         if len(json.dumps(rows)) > _MOST_CHARACTERS:
             rows = [[_cell(value, _SHORT_CELL) for value in row] for row in rows]
@@ -126,7 +130,7 @@ def _cell(value: Any, most: int) -> Any:
 
 
 def _limit(asked: Mapping[str, Any]) -> None:
-    seconds = int(2 * (asked["time_limit_s"] + START_SECONDS))
+    seconds = int(2 * (asked["limits"]["time_limit_s"] + START_SECONDS))
     for kind, most in ((resource.RLIMIT_DATA, MEMORY_BYTES), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(kind)[1]
         bound = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -1,169 +1,20 @@
-"""The investigator that a language model is: scripted replies, and the real clients against a server on loopback."""
+"""The investigator that a language model is: what its calls come to, and how it ends."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from language_model_server import Running, serving
 
-from exegete.agent.investigation import notes
-from exegete.agent.investigation.contract import (
-    Budget,
-    Call,
-    Case,
-    Claim,
-    Decision,
-    Headline,
-    Hypothesis,
-    Metric,
-    Outcome,
-    Question,
-    Result,
-    View,
-)
-from exegete.agent.investigation.conversation import OLD_CHARACTERS, Asked, Turn, conversation
-from exegete.agent.investigation.model import MOST_SILENT, PROMPTS_SHOWN, ModelInvestigator
+from exegete.agent.investigation.contract import Call, Claim, Hypothesis
+from exegete.agent.investigation.model import MOST_SILENT, ModelInvestigator
 from exegete.agent.investigation.note_taking import MOST_CALLS
-from exegete.agent.investigation.toolbelt import make_tool
-from exegete.tools.errors import UserError
-from exegete.tools.llm import (
-    Budget as Money,
-)
-from exegete.tools.llm import (
-    BudgetUsedUp,
-    Limits,
-    MemoryJournal,
-    Message,
-    Reply,
-    Request,
-    Status,
-    ToolCall,
-    load_prices,
-    open_client,
-)
-from exegete.tools.llm.tool_calls import check_tools
+from exegete.tools.llm import Reply, Status
+from exegete.tools.llm.journaled import UNANSWERED
 
-CASES = tuple(Case(f"select age in descending order number {n}", " DESC", " ASC", f"ascending {n}") for n in range(15))
-QUESTION = Question("Why DESC?", CASES, Metric("log_odds"), suggested="the word descending", budget=Budget(steps=12))
-ABLATE = {
-    "name": "ablate",
-    "description": "Set latents to zero.",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "hypothesis": {"type": "string"},
-            "because": {"type": "string"},
-            "low": {"type": "number"},
-            "high": {"type": "number"},
-            "latents": {"type": "array", "items": {"type": "integer"}},
-        },
-        "required": ["hypothesis", "because", "latents"],
-        "additionalProperties": False,
-    },
-}
-LENS = {"name": "lens", "description": "What it promotes.", "parameters": {"type": "object", "properties": {}}}
-NOTES = [
-    {"name": one.name, "description": one.description, "parameters": one.parameters}
-    for one in (make_tool("note", note) for note in (notes.hypothesis, notes.update, notes.claim, notes.finish))
-]
-TOOLS = [LENS, ABLATE, *NOTES]
-CAUSAL = {"statement": "Latent 7 does it.", "kind": "causal", "latents": [7], "experiments": ["E1"], "hypothesis": "H1"}
-TEST = {"hypothesis": "H1", "because": "it fires there", "high": -1.0, "latents": [7]}
-
-
-def called(*calls: tuple[str, Any], text: str = "") -> Reply:
-    """A reply that calls these tools; arguments that are a text stand as they are. Ids repeat, as some servers' do."""
-    made = (
-        ToolCall(f"call_{n}", name, given if isinstance(given, str) else json.dumps(given))
-        for n, (name, given) in enumerate(calls)
-    )
-    return Reply("ok", text, calls=tuple(made))
-
-
-FINISH = called(("finish", {"answer": "Latent 7."}))
-
-
-class Scripted:
-    """Gives these replies in their order, the last one for ever, and keeps what it was asked."""
-
-    name = "scripted:model"
-
-    def __init__(self, *replies: Reply) -> None:
-        self.replies = replies
-        self.asked: list[Request] = []
-
-    async def complete(self, request: Request) -> Reply:
-        check_tools(request)
-        self.asked.append(request)
-        return self.replies[min(len(self.asked), len(self.replies)) - 1]
-
-    async def close(self) -> None:
-        pass
-
-
-def outcome(call: Call, experiment: str) -> Result:
-    if call.tool not in ("ablate", "lens"):
-        return Result(call, "error", Outcome(f"there is no tool {call.tool!r}"))
-    if call.tool == "lens":
-        return Result(call, "ok", Outcome("<token> DESC</token>"))
-    return Result(
-        call, "ok", Outcome("It fell by 2.1.", Headline("mean change", -2.1, -2.4, -1.8, 9)), experiment, True
-    )
-
-
-@dataclass
-class Investigation:
-    """What a graph does with an investigator, in few lines; every view is made anew, as after a restart."""
-
-    investigator: ModelInvestigator
-    question: Question = QUESTION
-    decisions: list[Decision] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    hypotheses: dict[str, Hypothesis] = field(default_factory=dict)
-    notes: Mapping[int, str] = field(default_factory=dict)
-    run: Callable[[Call, str], Result] = outcome
-    new: int = 0
-
-    @property
-    def view(self) -> View:
-        step = len(self.decisions)
-        kept = json.loads(json.dumps(list(self.decisions[-1].said) if self.decisions else []))
-        return View(
-            self.question, self.question.metric or Metric("log_odds"), tuple(self.hypotheses.values()), tuple(self.results),
-            self.new, tuple(kept), self.question.budget.steps - step, (self.notes[step],) if step in self.notes else (),
-        )  # fmt: skip
-
-    def step(self) -> Decision:
-        decision = asyncio.run(self.investigator.decide(self.view))
-        self.decisions.append(decision)
-        self.hypotheses |= {one.id: one for one in decision.hypotheses}
-        before = len(self.results)
-        for call in decision.calls:
-            experiments = sum(bool(one.experiment) for one in self.results)
-            self.results.append(self.run(call, f"E{experiments + 1}"))
-        self.new = len(self.results) - before
-        return decision
-
-    def end(self) -> Decision:
-        for _ in range(self.question.budget.steps):
-            if self.step().done:
-                break
-        return self.decisions[-1]
-
-
-def begun(*replies: Reply, **options: Any) -> tuple[Investigation, Scripted]:
-    client = Scripted(*replies)
-    investigator = ModelInvestigator(client, TOOLS, **options.pop("model", {}))
-    return Investigation(investigator, **options), client
-
-
-def results_of(request: Request) -> list[tuple[str, bool]]:
-    return [(result.text, result.failed) for result in request.messages[-1].results]
+from .scripted import CAUSAL, FINISH, QUESTION, TEST, TOOLS, Scripted, begun, called, results_of
 
 
 def test_a_whole_investigation() -> None:
@@ -189,42 +40,6 @@ def test_a_whole_investigation() -> None:
     assert results_of(client.asked[2]) == [("H1 is supported.", False), ("Written down as claim 1.", False)]
     # Of the experiments of the reply before, and not of older ones again.
     assert client.asked[2].messages[-1].text == "10 replies are left."
-
-
-def test_requests_grow_by_one_exchange_and_share_what_was_there() -> None:
-    work, client = begun(called(("lens", {})), called(("lens", {}), text="Again."), FINISH)
-    work.end()
-    for before, after in zip(client.asked, client.asked[1:], strict=False):
-        assert after.messages[: len(before.messages)] == before.messages
-        assert [message.role for message in after.messages[len(before.messages) :]] == ["assistant", "user"]
-        assert after.shared == len(after.messages) and after.tools == before.tools and after.parallel_calls
-    assert client.asked[0].prompt_digest.startswith("sha256:")
-
-
-def test_the_beginning_says_what_is_asked_and_shows_some_prompts() -> None:
-    work, client = begun(FINISH)
-    work.end()
-    system, user = client.asked[0].messages
-    assert system.role == "system" and "Code checks every causal claim on prompts that you never see" in system.text
-    assert "<question>Why DESC?</question>\n<suggested_cause>the word descending</suggested_cause>" in user.text
-    assert "logit of the answer less that of the other token" in user.text and "200000 prompts" in user.text
-    assert "<prompt 0>select age in descending order number 0</prompt>\n<answer 0> DESC</answer>" in user.text
-    assert user.text.count("<prompt ") == PROMPTS_SHOWN and "You have 15 prompts" in user.text
-    assert "15 of them have a variant" in user.text and user.text.endswith("You have 12 replies. Begin.")
-
-
-@pytest.mark.parametrize(
-    "metric", [Metric("log_probability", " DESC"), Metric("judged", criterion="It sorts.", tokens=9)]
-)
-def test_every_metric_is_described(metric: Metric) -> None:
-    work, client = begun(FINISH, question=replace(QUESTION, metric=metric))
-    work.end()
-    text = client.asked[0].messages[-1].text
-    wanted = {
-        "log_probability": ["above -0.69.\n<answer> DESC</answer>\n"],
-        "judged": ["4 sampled continuations, of 9 tokens", "<criterion>It sorts.</criterion>"],
-    }
-    assert all(one in text for one in wanted[metric.kind])
 
 
 @pytest.mark.parametrize(
@@ -350,12 +165,6 @@ def test_silence_is_counted_in_a_row_only() -> None:
     )
 
 
-def test_words_go_back_without_reasoning_and_control_tokens() -> None:
-    work, client = begun(called(("lens", {}), text="<think>First \n hm.</think>\n\nI look.<|im_end|>"), FINISH)
-    work.end()
-    assert client.asked[1].messages[-2].text == "I look.‹|im_end|>"
-
-
 def test_a_reply_that_was_cut_off_does_nothing_and_is_told_so() -> None:
     half = replace(called(("lens", {}), ("ablate", '{"hypothesis": "H'), text="Let me"), status="truncated")
     work, client = begun(half, FINISH)
@@ -370,23 +179,8 @@ def test_a_failed_reply_ends_the_investigation_and_says_how(status: Status) -> N
     last = work.end()
     assert last.done and last.calls == () and [claim.statement for claim in last.claims] == ["Latent 7 does it."]
     assert last.answer == f"[The investigation ended early: the model's reply failed: {status}: so it goes]"
-
-
-def test_a_failed_reply_loses_nothing_of_the_conversation() -> None:
-    work, client = begun(called(("lens", {})), Reply("error"), FINISH)
-    work.end()
-    # Taken up again, the investigation asks what it asked before.
-    assert work.step().answer == "Latent 7."
-    assert client.asked[2].messages[:-1] == client.asked[1].messages[:-1]
-
-
-def test_a_conversation_that_is_too_long_for_the_model_is_shortened() -> None:
-    long = Outcome("<row>" + "x" * 5_000 + "</row>")
-    look, rejected = called(("lens", {})), Reply("rejected", detail="maximum context length")
-    work, client = begun(*[look] * 4, rejected, FINISH, run=lambda call, _: Result(call, "ok", long))
-    assert work.end().answer == "Latent 7." and len(work.decisions) == 5
-    first, second = ([len(m.results[0].text) for m in one.messages if m.results] for one in client.asked[4:])
-    assert first == [5_011] * 4 and second[2:] == [5_011] * 2 and max(second[:2]) < OLD_CHARACTERS + 200
+    # What the provider is to blame for may be otherwise tomorrow.
+    assert last.again == (f"scripted:model gave no answer ({status}: so it goes)" if status in UNANSWERED else "")
 
 
 def test_a_model_that_loops_is_bounded_by_its_steps() -> None:
@@ -397,186 +191,6 @@ def test_a_model_that_loops_is_bounded_by_its_steps() -> None:
     assert len({request.id("m") for request in client.asked}) == len(client.asked)
 
 
-def test_the_person_who_watches_is_heard_at_any_step() -> None:
-    notes = {0: "look at\nlatent 3 </note>", 1: "and at 4"}
-    work, client = begun(called(("lens", {})), FINISH, notes=notes)
-    work.end()
-    first, second = client.asked[0].messages[-1].text, client.asked[1].messages[-1].text
-    assert "\n\nThe person who watches says:\n<note>look at latent 3 ‹/note›</note>\n" in first
-    assert "<note>and at 4</note>" in second
-    assert client.asked[1].messages[1].text == first
-
-
-def test_a_call_that_the_graph_did_not_run_is_answered() -> None:
-    work, client = begun(called(("lens", {})), FINISH)
-    work.step()
-    work.results.clear()
-    work.step()
-    assert results_of(client.asked[1]) == [("This call was not run.", True)]
-
-
-def test_a_resumed_investigation_asks_nothing_twice_and_goes_on() -> None:
-    replies = (called(("lens", {}), text="a\ud800b"), called(("ablate", TEST)), called(("claim", CAUSAL)), FINISH)
-    work, client = begun(*replies)
-    work.end()
-    again, other = begun(*replies)
-    for _ in range(2):
-        again.step()
-    # A new investigator over what was kept: it has no state of its own.
-    again.investigator = ModelInvestigator(other, TOOLS)
-    assert again.end() == work.decisions[-1]
-    assert [one.id("m") for one in other.asked] == [one.id("m") for one in client.asked]
-
-
-def test_old_results_are_shortened_seldom_and_the_newest_never() -> None:
-    long = "<row>" + "x" * 5_000 + "</row>"
-    question = replace(QUESTION, budget=Budget(steps=30))
-    work, client = begun(
-        called(("lens", {})), question=question, model={"most_characters": 40_000},
-        run=lambda call, _: Result(call, "ok", Outcome(long)),
-    )  # fmt: skip
-    work.end()
-    moved = 0
-    for before, after in zip(client.asked, client.asked[1:], strict=False):
-        texts = [message.results[0].text for message in after.messages if message.results]
-        assert texts[-2:] == [long, long][: len(texts)] and sum(map(len, texts)) < 46_000
-        assert all(text == long or (len(text) < OLD_CHARACTERS + 200 and "recall" in text) for text in texts)
-        moved += after.messages[: len(before.messages)] != before.messages
-    # Each time it makes room for several exchanges: all others find the whole conversation in a provider's cache.
-    assert 4 <= moved <= 8
-
-
-def test_shortening_leaves_what_is_short_and_cuts_words_and_arguments_too() -> None:
-    def turn(n: int, said: str) -> Turn:
-        return Turn("told", said, (Asked(f"id{n}", "lens", json.dumps({"texts": [said]}), run=f"{n}.1"),))
-
-    turns = [turn(1, "short"), turn(2, "y" * 9_000), turn(3, "z" * 3_000), turn(4, "w" * 3_000)]
-    results = {f"{n}.1": Result(Call(f"{n}.1", "lens", {}), "ok", Outcome("fine")) for n in range(1, 5)}
-    beginning = (Message("system", "s"), Message("user", "u"))
-    cut = conversation(beginning, turns, "now", results, 10_000)
-    whole = conversation(beginning, turns, "now", results, 10**9)
-    assert cut[2:4] == whole[2:4] and cut[6:] == whole[6:]
-    assert len(cut[4].text) < 700 and json.loads(cut[4].calls[0].arguments_json)["shortened"].startswith(
-        '{"texts": ["yyy'
-    )
-    assert Turn.of(json.loads(json.dumps(turns[1].kept()))) == turns[1]
-
-
-def test_a_given_metric_is_not_asked_for() -> None:
-    client = Scripted(FINISH)
-    assert asyncio.run(ModelInvestigator(client, TOOLS).frame(QUESTION)) == Metric("log_odds")
-    assert client.asked == []
-
-
-def proposed(cases: Sequence[Case] = CASES, **answer: Any) -> Metric:
-    value = {"kind": None, "answer": None, "other": None, "criterion": None} | answer
-    client = Scripted(Reply("ok", json.dumps(value), value))
-    question = replace(QUESTION, metric=None, cases=tuple(cases))
-    found = asyncio.run(ModelInvestigator(client, TOOLS).frame(question))
-    (request,) = client.asked
-    assert request.schema is not None and not request.tools
-    assert "15 prompts, of which" in request.messages[-1].text
-    return found
-
-
-BARE = [Case(case.prompt) for case in CASES]
-
-
-def test_the_model_proposes_a_metric() -> None:
-    assert proposed(kind="log_odds") == Metric("log_odds")
-    assert proposed(BARE, kind="log_odds", answer=" DESC", other=" ASC") == Metric("log_odds", " DESC", " ASC")
-    assert proposed(BARE, kind="log_probability", answer=" DESC", other="x") == Metric("log_probability", " DESC")
-    assert proposed(kind="judged", criterion="It sorts.") == Metric("judged", criterion="It sorts.")
-
-
-@pytest.mark.parametrize(
-    ("cases", "answer", "why"),
-    [
-        (CASES, {}, "cannot be measured"),
-        (CASES, {"kind": "judged"}, "without a criterion"),
-        (BARE, {"kind": "log_odds", "answer": " DESC"}, "log_odds without 'other'"),
-        ([*CASES[:-1], BARE[-1]], {"kind": "log_probability"}, "log_probability without 'answer'"),
-    ],
-)
-def test_a_metric_that_cannot_be_taken_is_the_users_to_give(
-    cases: Sequence[Case], answer: dict[str, Any], why: str
-) -> None:
-    with pytest.raises(UserError, match=f"scripted:model: .*{why}.*; say how the behaviour is measured"):
-        proposed(cases, **answer)
-
-
-@pytest.mark.parametrize("status", ["refused", "unparsed", "error", "truncated"])
-def test_no_metric_without_an_answer(status: Status) -> None:
-    investigator = ModelInvestigator(Scripted(Reply(status, detail="no")), TOOLS)
-    with pytest.raises(UserError, match=f"proposed no metric \\({status}: no\\)"):
-        asyncio.run(investigator.frame(replace(QUESTION, metric=None)))
-
-
 def test_notes_without_schemas_are_a_mistake_of_ours() -> None:
     with pytest.raises(ValueError, match="no schema of claim, finish"):
         ModelInvestigator(Scripted(FINISH), [tool for tool in TOOLS if tool["name"] not in ("claim", "finish")])
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with serving() as running:
-        yield running
-
-
-@pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_on_the_wire(server: Running, provider: str) -> None:
-    """Parallel calls, a malformed one, one of a tool that is not there, silence, a claim, an end."""
-    server.reset()
-    first = [
-        {"name": "hypothesis", "arguments": {"statement": "Latent 7 reads it."}},
-        {"name": "ablate", "arguments": TEST},
-        {"name": "ablate", "arguments": '{"latents": [7'},
-        {"name": "ablaet", "arguments": {}},
-    ]
-    last = [{"name": "claim", "arguments": CAUSAL}, {"name": "finish", "arguments": {"answer": "Latent 7."}}]
-    server.behave(
-        answer="scripted", replies=[{"calls": first, "text": " \n"}, "Let me think.", {"calls": last, "text": "\n"}]
-    )
-    client = open_client(server.spec(provider, "model"), journal=MemoryJournal(), prices=load_prices(), limits=Limits())
-    work = Investigation(ModelInvestigator(client, TOOLS))
-    asyncio.run(decided(work, client))
-    assert work.decisions[-1].answer == "Latent 7." and len(work.decisions) == 3
-    assert [claim.latents for claim in work.decisions[-1].claims] == [(7,)]
-    assert [call.tool for call in work.decisions[0].calls] == ["ablate", "ablaet"]
-    statuses = [row["status"] for row in server.log()]
-    assert statuses == [200, 200, 200]
-
-
-async def decided(work: Investigation, client: Any) -> None:
-    """Go through an investigation in one event loop, which a client needs."""
-    for _ in range(work.question.budget.steps):
-        decision = await work.investigator.decide(work.view)
-        work.decisions.append(decision)
-        work.hypotheses |= {one.id: one for one in decision.hypotheses}
-        work.results += [outcome(call, f"E{n}") for n, call in enumerate(decision.calls, 1)]
-        if decision.done:
-            break
-    await client.close()
-
-
-def test_a_refusal_on_the_wire_ends_it(server: Running) -> None:
-    server.reset()
-    server.behave(answer="scripted", replies=[{"text": "I cannot.", "stop": "refusal"}])
-    client = open_client(
-        server.spec("anthropic", "model"), journal=MemoryJournal(), prices=load_prices(), limits=Limits()
-    )
-    work = Investigation(ModelInvestigator(client, TOOLS))
-    asyncio.run(decided(work, client))
-    assert work.decisions[-1].done and "failed: refused" in work.decisions[-1].answer
-
-
-def test_a_budget_that_is_used_up_is_told_to_whoever_drives_it(server: Running) -> None:
-    server.reset()
-    server.behave(answer="scripted", replies=[{"calls": [{"name": "lens", "arguments": {}}]}] * 9)
-    spec = server.spec("openai", "model")
-    prices = load_prices(own={spec: {"input": 1.0, "output": 10.0}})
-    client = open_client(spec, journal=MemoryJournal(), budget=Money(0.095), prices=prices, limits=Limits())
-    work = Investigation(ModelInvestigator(client, TOOLS, max_tokens=8_192))
-    with pytest.raises(BudgetUsedUp):
-        asyncio.run(decided(work, client))
-    assert 1 <= server.counts()["questions"] < 9 and len(work.decisions) == server.counts()["questions"]
