@@ -29,7 +29,6 @@ CONSTANT, PLANTED, DEAD = 999, 1000, 1001
 @cache
 def planted_model() -> LiveModel:
     """Return the live model with the one dictionary `planted`."""
-    torch.set_num_threads(2)
     subject = load_subject(str(subject_path()))
     loaded = load_dictionary(str(dictionary_path("tests")), subject)
     assert isinstance(loaded, PlainDictionary)

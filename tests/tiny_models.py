@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from exegete.tools.live_model import LiveModel
 from exegete.tools.subject import Subject, subject_from_model
 
-torch.set_num_threads(1)  # So small, threads only wait for each other.
-
 WIDTH, LAYERS, CONTEXT, WORDS = 32, 3, 48, 60
 VOCABULARY = WORDS + 1
 """Words and the end token, 0."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from language_model_server import serving
 from planted_store import tables
 
@@ -64,7 +63,6 @@ def rows(store: Path, query: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def loaded_once() -> Iterator[None]:
     """Have all runs of this file share the subject and the dictionary: loading them takes longer than labeling."""
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathering, "open_subject", cache(gathering.open_subject))
         patch.setattr(gathering, "open_dictionary", cache(gathering.open_dictionary))

@@ -323,7 +323,6 @@ def _die_after(runs: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().residual(tokens, hook_point)
 
-    torch.set_num_threads(1)
     evidence_of(folder, settings(slices=4), subject=Dying())
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray_jobs
-import torch
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'exegete[ray]'")
 
@@ -75,7 +74,6 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ray")
     config = load_config(None, SETTINGS, {"store": str(folder / "store")})
     inputs = load_inputs(config, Lines(every_s=1e9))

@@ -50,7 +50,6 @@ evaluators = ["detection"]
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The configuration; what runs in this process shares the subject and the dictionary."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("slices") / "night.toml"
     path.write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:

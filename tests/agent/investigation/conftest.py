@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Case, Metric
@@ -27,7 +26,6 @@ TEXTS = 60
 
 @pytest.fixture(scope="session")
 def subject() -> Subject:
-    torch.set_num_threads(2)
     return load_subject(str(subject_path()))
 
 

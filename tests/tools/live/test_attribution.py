@@ -4,34 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, WIDTH, prompt, tiny_subject, tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from exegete.tools.attribution import (
-    KLFromClean,
     LogitDifference,
     LogProbability,
-    Metric,
     attribute,
     effect_of_set,
     exact_effects,
     rank_agreement,
 )
 from exegete.tools.bundled.behaviours import behaviours
-from exegete.tools.dictionaries import Dictionary, PlainDictionary, opaque_dictionary, random_dictionary
+from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
-from exegete.tools.interventions import Intervention, Tokens, ablate, clamp, patch, push, scale
-from exegete.tools.live_model import Batch, LiveModel, Reading, Trial
+from exegete.tools.interventions import Intervention, Tokens, ablate, clamp, scale
+from exegete.tools.live_model import LiveModel, Reading, Trial
 from exegete.tools.metrics import Floats
-from exegete.tools.subject import Subject, subject_from_model
+from exegete.tools.subject import Subject
 
-from .attributed import CASES, EMBEDDING, KINDS, LATENTS, METRIC, POST, PROMPTS, UNEMBEDDING, Bent, between, bent, conditioned, halves, line, linear, live, opaque, subject_of, topk, transcoder, values
+from .attributed import (
+    CASES,
+    KINDS,
+    LATENTS,
+    METRIC,
+    PROMPTS,
+    bent,
+    conditioned,
+    halves,
+    line,
+    linear,
+    live,
+    topk,
+    transcoder,
+    values,
+)
+
 
 @pytest.mark.parametrize(("steps", "groups"), [(0, 1), (3, 1), (2, 2)])
 def test_numbers_worked_by_hand(steps: int, groups: int) -> None:

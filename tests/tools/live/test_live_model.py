@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import CONTEXT, FAMILIES, VOCABULARY, WIDTH, Device, bare, decoder_layers, prompt, tiny_subject
-from torch import Tensor, nn
+from tiny_models import FAMILIES, WIDTH, bare, tiny_subject
+from torch import Tensor
 
-from exegete.tools.codes import codes
-from exegete.tools.dictionaries import Dictionary, PlainDictionary, random_dictionary
-from exegete.tools.errors import UserError
-from exegete.tools.interventions import (
-    CLEAN,
-    Intervention,
-    LatentEdit,
-    ablate,
-    clamp,
-    patch,
-    project_out,
-    push,
-    scale,
-    steer,
+from exegete.tools.dictionaries import random_dictionary
+from exegete.tools.interventions import Intervention, LatentEdit, ablate, clamp, patch, project_out, push, scale, steer
+from exegete.tools.live_model import LiveModel, Trial
+
+from .live_trials import (
+    ATTENTION,
+    LATENTS,
+    MID,
+    MLP,
+    NORMALIZED,
+    OTHER,
+    POST,
+    PRE,
+    PROMPTS,
+    Z,
+    all_logits,
+    coder,
+    firing,
+    last_logits,
+    nulls,
 )
-from exegete.tools.live_model import LiveModel, Reading, Trial
-
-from .live_trials import ATTENTION, LATENTS, MID, MLP, NORMALIZED, OTHER, POST, POST_0, PRE, PROMPTS, Z, all_logits, coder, firing, last_logits, mixed, nulls
 from .plain_hooks import at_columns, plain_code, plain_edit, plain_logits, plain_vectors
+
 
 @dataclass(frozen=True)
 class Case:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +18,6 @@ from exegete.tools.errors import UserError
 from exegete.tools.neighbours import decoder_neighbours, nearest
 from exegete.tools.pass_settings import PassSettings
 from exegete.tools.subject import Subject
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def firings(rows: dict[int, list[int]], bounds: list[int], latents: int = 6) -> Any:

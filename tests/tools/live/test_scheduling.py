@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,43 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from exegete.tools.dictionaries import Dictionary
 from exegete.tools.errors import UserError
 from exegete.tools.generation import generate
-from exegete.tools.interventions import Tokens, ablate, push, steer
+from exegete.tools.interventions import Tokens
 from exegete.tools.live_model import LiveModel, Reading, Trial
 from exegete.tools.scheduling import Scheduler
 
 from .scheduled import POINT, Gate, close, logits, until
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of PyTorch: with more, the scheduler's threads and other work of the machine wait for each other at every step."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def trials(prompts: list[Tokens], dictionary: Dictionary) -> list[Trial]:
-    """64 prompts, each with another latent steered or ablated."""
-    made = []
-    for number in range(64):
-        latents = [7 * number % 1024]
-        name = dictionary.fingerprint
-        change = steer(name, latents, 5.0) if number % 2 else ablate(name, latents)
-        made.append(Trial(prompts[number % 12], change))
-    return made
-
-
-@pytest.fixture
-def gate(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Every forward pass waits for it to open."""
-    made = Gate(model)
-    monkeypatch.setattr(model, "logits", made.logits)
-    yield made
-    made.open.set()
 
 
 def test_64_concurrent_experiments_share_few_batches(model: LiveModel, trials: list[Trial]) -> None:

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
 from exegete.tools.errors import UserError
-from exegete.tools.llm import (
-    BatchLimits,
-    Budget,
-    Limits,
-    MemoryJournal,
-    Message,
-    Price,
-    Reply,
-    Request,
-    Usage,
-    retrying,
-)
-from exegete.tools.llm.batch_anthropic import AnthropicBatchWire
-from exegete.tools.llm.batch_openai import OpenAIBatchWire
-from exegete.tools.llm.batch_wire import (
-    BatchWire,
-    Frame,
-    Result,
-    Sighting,
-    State,
-    listed,
-    new_nonce,
-    outcome,
-    read_result,
-)
-from exegete.tools.llm.batches import BatchClient
-from exegete.tools.llm.faults import Declined, Lacking, Transient, Unexplained
-from exegete.tools.llm.specs import parse_spec
+from exegete.tools.llm import Budget, MemoryJournal, Reply, retrying
+from exegete.tools.llm.batch_wire import State, new_nonce
+from exegete.tools.llm.faults import Transient
 from exegete.tools.llm.wire import Abilities
 
-from .batching import QUICK, answered, questions
-from .conftest import question
+from .batch_results import Counting, Fake, all_ok, client_of, first_of, rows
+from .batching import answered, questions
 
-from .batch_results import Counting, Fake, client_of, first_of, all_ok, rows
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -247,9 +246,7 @@ def test_sigkill_with_the_journal_of_the_store(server: Running, tmp_path: Path) 
 
     def program(point: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "store"), batch_spec(server, "anthropic"), point]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
     assert program("submitted").returncode == -signal.SIGKILL
     last = program("none")
