@@ -19,8 +19,9 @@ well the two orders agree, and for all latents, and the error node, the sum of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -183,19 +184,13 @@ def attribute(
     _check(metric, steps, groups, top, exact)
     trials = numbered(model, prompts, metric)
     found = attributed(model, dictionary, trials, metric, steps, _dealt(dictionary, groups, seed), positions)
-    if not steps and not any(one.moves for one in found):
-        raise UserError(
-            "the metric's gradient is 0 on every prompt at the clean run; pass steps=1, groups=32, or another metric"
-        )
-    entries, count = _entries(found), len(found)
+    _require_slope(found, steps)
+    entries = _entries(found)
     leaders = _leaders(entries)
     drawn = generator(seed, "attribution", "control").permutation(np.sort(leaders[exact:]))[:exact]
-    checked = np.concatenate([leaders[:exact], drawn])
-    effects = np.zeros((0, count))
-    if len(checked):
-        effects = exact_effects(model, dictionary, prompts, metric, checked.tolist(), positions=positions)
-    ranked = _estimates(entries, leaders[:top], effects[: min(exact, len(leaders))], count)
-    control = _estimates(entries, drawn, effects[min(exact, len(leaders)) :], count)
+    measure = partial(exact_effects, model, dictionary, prompts, metric, positions=positions)
+    effects, controls = _measured(leaders[:exact], drawn, len(found), measure)
+    ranked, control = _estimates(entries, leaders[:top], effects), _estimates(entries, drawn, controls)
     return Attribution(
         dictionary=dictionary.fingerprint,
         steps=steps,
@@ -221,6 +216,13 @@ def _check(metric: Metric, steps: int, groups: int, top: int, exact: int) -> Non
     if isinstance(metric, KLFromClean) and not steps:
         raise UserError(
             "KL from the clean run has no gradient at the clean run; pass steps=1, groups=32 for integrated gradients"
+        )
+
+
+def _require_slope(found: Sequence[Found], steps: int) -> None:
+    if not steps and not any(one.moves for one in found):
+        raise UserError(
+            "the metric's gradient is 0 on every prompt at the clean run; pass steps=1, groups=32, or another metric"
         )
 
 
@@ -258,6 +260,15 @@ def _leaders(entries: Entries) -> Ints:
     return latents[np.argsort(-np.abs(totals), kind="stable")]
 
 
+def _measured(
+    leaders: Ints, drawn: Ints, prompts: int, measure: Callable[[Sequence[int]], Floats]
+) -> tuple[Floats, Floats]:
+    """Return exact effects of the leaders and of the others, shape (latent, prompt), from runs that both share."""
+    latents = np.concatenate([leaders, drawn]).tolist()
+    effects = measure(latents) if latents else np.zeros((0, prompts))
+    return effects[: len(leaders)], effects[len(leaders) :]
+
+
 def _summed(entries: Entries, latents: Ints, prompts: int) -> Floats:
     """Return attributions summed over positions, shape (latent, prompt)."""
     totals = np.zeros((len(latents), prompts))
@@ -270,11 +281,13 @@ def _summed(entries: Entries, latents: Ints, prompts: int) -> Floats:
     return totals
 
 
-def _estimates(entries: Entries, latents: Ints, effects: Floats, prompts: int) -> tuple[LatentAttribution, ...]:
+def _estimates(entries: Entries, latents: Ints, effects: Floats) -> tuple[LatentAttribution, ...]:
     """Return the estimates of latents; the first of them have exact effects, shape (latent, prompt)."""
     return tuple(
         LatentAttribution(latent, estimate(total), estimate(effects[rank]) if rank < len(effects) else None)
-        for rank, (latent, total) in enumerate(zip(latents.tolist(), _summed(entries, latents, prompts), strict=True))
+        for rank, (latent, total) in enumerate(
+            zip(latents.tolist(), _summed(entries, latents, effects.shape[1]), strict=True)
+        )
     )
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from exegete.tools.ablation_sets import ZERO, Ablation, Floats, require_set
 from exegete.tools.dictionaries import Dictionary
@@ -108,13 +108,7 @@ def interactions(
             f"rank is {rank}, ridge {ridge}, held_out {held_out}, top {top}, shuffles {shuffles}; "
             "give ridge > 0, 0 < held_out < 1, and the others at least 1"
         )
-    order = generator(seed, "held-out masks").permutation(len(x))
-    count = round(held_out * len(x))
-    if count < 10 or len(x) - count < 20:
-        raise UserError(f"{len(x)} masks are too few to fit and test on; give at least 40, and held_out near 0.25")
-    test, train = order[:count], order[count:]
-    if np.ptp(y[test]) == 0:
-        raise UserError(f"the metric is the same for all {count} held-out masks; give more masks or another metric")
+    test, train = _split(y, held_out, seed)
     scale = _Scale(x[train], y[train])
     machine = _best(scale.x(x[train]), scale.y(y[train]), rank, ridge, seed)
     linear = _linear(scale.x(x[train]), scale.y(y[train]), ridge)
@@ -240,6 +234,17 @@ def _checked(latents: Sequence[int], masks: ArrayLike, values: ArrayLike) -> tup
     if not np.isfinite(y).all():
         raise UserError(f"a value is {y[~np.isfinite(y)][0]}; the metric must be a finite number for every mask")
     return x, y if y.ndim == 1 else y.mean(1)
+
+
+def _split(y: Floats, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which masks are held out, and which are fitted to."""
+    order = generator(seed, "held-out masks").permutation(len(y))
+    count = round(held_out * len(y))
+    if count < 10 or len(y) - count < 20:
+        raise UserError(f"{len(y)} masks are too few to fit and test on; give at least 40, and held_out near 0.25")
+    if np.ptp(y[order[:count]]) == 0:
+        raise UserError(f"the metric is the same for all {count} held-out masks; give more masks or another metric")
+    return order[:count], order[count:]
 
 
 class _Scale:

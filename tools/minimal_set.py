@@ -163,10 +163,7 @@ def minimal_set(
         UserError: there are no candidates or prompts, a candidate is given twice or is not in the dictionary, no prompt
             shows the behaviour, the judge's scores or the rates are not in 0 … 1, or as `LiveModel.run`.
     """
-    if not 0 < wanted <= 1 or most < 1 or controls < 0:
-        raise UserError(
-            f"wanted is {wanted}, most {most}, controls {controls}: give 0 < wanted ≤ 1, most ≥ 1, controls ≥ 0"
-        )
+    _require_numbers(wanted, most, controls)
     if not prompts:
         raise UserError("there are no prompts to choose the set on; give some that show the behaviour")
     considered = require_set(model, dictionary, candidates, "candidates")[:most]
@@ -174,16 +171,11 @@ def minimal_set(
     ablated = _Ablated(model, dictionary, judge, ablation)
     chosen, count = _showing(ablated, prompts, [])
     unseen, held_out_count = _showing(ablated, held_out, prompts)
-    if not chosen:
-        raise UserError(
-            f"none of the {count.given} prompts shows the behaviour when nothing is changed; give prompts that do"
-        )
+    _require_shown(count)
     search = _Search(ablated, chosen, wanted)
     latents = search.pruned(search.prefix(considered))
     known = firing_rates(model, dictionary, [*chosen, *unseen]) if known is None else known
-    sets = random_sets(latents, known, controls, seed)
-    random = _Controls(controls, sets, known)
-    none = _Controls(0, [], known)
+    random, none = _Controls(controls, random_sets(latents, known, controls, seed), known), _Controls(0, [], known)
     return MinimalSet(
         status="minimal" if search.reached(latents) else "not reached",
         latents=latents,
@@ -196,6 +188,20 @@ def minimal_set(
         rate=float(known[list(latents)].mean()),
         trace=tuple(search.trace),
     )
+
+
+def _require_numbers(wanted: float, most: int, controls: int) -> None:
+    if not 0 < wanted <= 1 or most < 1 or controls < 0:
+        raise UserError(
+            f"wanted is {wanted}, most {most}, controls {controls}: give 0 < wanted ≤ 1, most ≥ 1, controls ≥ 0"
+        )
+
+
+def _require_shown(count: PromptCount) -> None:
+    if not count.used:
+        raise UserError(
+            f"none of the {count.given} prompts shows the behaviour when nothing is changed; give prompts that do"
+        )
 
 
 @dataclass(frozen=True)
