@@ -9,7 +9,8 @@
    come to is bounded before it is sent: what the provider counted so far, a token for each byte that is new, and the longest
    reply. A last reply is announced, and results for which nothing is left are withheld.
 4. Nothing but replies is kept, and those are in the run's journal. The tools are functions of the evidence, the seed and the
-   model, so a run that is taken up sends the same requests, asks none again, and ends in the same explanation.
+   model, so a run that is taken up sends the same requests, asks none again, and ends in the same explanation. (Where others
+   of the process run the same model, figures are the same beyond rounding; strengths are whole numbers, which hides nearly all of it.)
 
 An agent that never finishes has explained nothing: what stands is the explanation of the rung below.
 

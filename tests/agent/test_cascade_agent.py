@@ -89,7 +89,7 @@ def test_the_agent_climbs_and_stands_beside_best_of_n(
         climbed = rows(
             store,
             f"SELECT count(*) FROM climbs a JOIN climbs b USING (run, latent) WHERE run = '{run_id}' AND NOT (a.control OR b.control)"
-            " AND a.rung = 'one-shot' AND b.rung = 'test-and-refine' AND b.decision = 'top' AND b.refine > a.refine",
+            " AND a.rung = 'one-shot' AND b.rung = 'test-and-refine' AND b.refine > a.refine",
         )
         stands = "SELECT count(*) FROM data.results r JOIN explanations e USING (explanation_id) WHERE explainer = 'test-and-refine'"
         assert climbed != [(0,)] and rows(store, f"{stands} AND r.run = '{run_id}'") == climbed
