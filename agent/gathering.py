@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.config import CorpusConfig, RunConfig, SubjectConfig
+from exegete.agent.config import CorpusConfig, DictionaryConfig, RunConfig, SubjectConfig
 from exegete.agent.progress import Progress
 from exegete.tools.corpus_readers import require_source
 from exegete.tools.errors import UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from exegete.tools.activations import Slicer
     from exegete.tools.corpus import Corpus
     from exegete.tools.dictionaries import Dictionary
+    from exegete.tools.live_model import LiveModel
     from exegete.tools.subject import Subject
 
 BUNDLED = "bundled"
@@ -44,13 +45,20 @@ class Inputs:
 
     subject: Subject
     dictionary: Dictionary
+    model: LiveModel | None = None
+    """With the dictionary attached, where somebody else runs it as well; None where the run makes its own."""
 
 
-def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
+Open = Callable[[SubjectConfig, DictionaryConfig, Progress], Inputs]
+
+
+def load_inputs(config: RunConfig, progress: Progress, shared: Open | None = None) -> Inputs | None:
     """Load subject and dictionary, and look whether the corpus is there; None where none of the three is configured.
 
+    `shared` gives subject and dictionary that are there already, in place of those that would be loaded.
+
     Raises:
-        UserError: one of them is missing, unfit or damaged. Nothing has been written then.
+        UserError: one of them is missing, unfit or damaged, or is not what is shared. Nothing has been written then.
     """
     missing = [name for name in ("subject", "dictionary", "corpus") if getattr(config, name) is None]
     if len(missing) == 3:
@@ -59,6 +67,10 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
                 f"evidence.workers = {config.evidence.workers!r} do activation passes, and there is none to do: the configuration "
                 "has no [subject], [dictionary] and [corpus]; leave --workers out"
             )
+        if shared is not None:
+            raise UserError(
+                "the configuration has no [subject], [dictionary] and [corpus]: nothing runs what is shared"
+            )
         return None
     if config.subject is None or config.dictionary is None or config.corpus is None:
         raise UserError(f"the configuration has no [{missing[0]}]; a pass needs [subject], [dictionary] and [corpus]")
@@ -66,14 +78,18 @@ def load_inputs(config: RunConfig, progress: Progress) -> Inputs | None:
         require_workers(config.evidence.workers)
     if config.corpus.source != BUNDLED:
         require_source(config.corpus.source)
-    progress.say(f"loading subject {config.subject.name} and dictionary {config.dictionary.path}")
-    subject = open_subject(config.subject)
-    dictionary = open_dictionary(config.dictionary.path, subject)
+    inputs = (shared or _loaded)(config.subject, config.dictionary, progress)
     if config.label.random_control:
         from exegete.tools.random_control import require_plain
 
-        require_plain(dictionary)
-    return Inputs(subject, dictionary)
+        require_plain(inputs.dictionary)
+    return inputs
+
+
+def _loaded(subject: SubjectConfig, dictionary: DictionaryConfig, progress: Progress) -> Inputs:
+    progress.say(f"loading subject {subject.name} and dictionary {dictionary.path}")
+    opened = open_subject(subject)
+    return Inputs(opened, open_dictionary(dictionary.path, opened))
 
 
 def gather_evidence(

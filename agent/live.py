@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exegete.agent.config import RunConfig, load_config
-from exegete.agent.gathering import BUNDLED, open_dictionary, open_subject
+from exegete.agent.config import DictionaryConfig, RunConfig, SubjectConfig, load_config
+from exegete.agent.gathering import BUNDLED, Inputs, is_bundled, open_dictionary, open_subject
 from exegete.agent.inspection import newest_config
 from exegete.tools.errors import UserError
 from exegete.tools.store import connect
@@ -131,6 +131,33 @@ def open_live(wanted: Wanted) -> Live:
     if wanted.store is None:
         return Live(model, dictionary, None)
     return Live(model, dictionary, wanted.store, *_known(wanted.store, dictionary))
+
+
+def inputs_of(live: Live, wanted: SubjectConfig, dictionary: DictionaryConfig) -> Inputs:
+    """Return a live model as what a labeling run works with.
+
+    Raises:
+        UserError: it is not the subject and dictionary that the configuration names.
+    """
+    subject = live.model.subject
+    given = (_called(subject.name), subject.device.removesuffix(":0"), subject.dtype, tuple(subject.processing))
+    asked = (_called(wanted.name), wanted.device.removesuffix(":0"), wanted.dtype, wanted.processing)
+    if given != asked or wanted.revision not in (None, subject.revision):
+        raise UserError(
+            f"the shared subject is {subject.name!r} on {subject.device} in {subject.dtype}, and the configuration names "
+            f"{wanted.name!r} on {wanted.device} in {wanted.dtype}, or another revision or processing of it; share what it names"
+        )
+    named = open_dictionary(dictionary.path, subject)
+    if named.fingerprint != live.dictionary.fingerprint:
+        raise UserError(
+            f"the shared dictionary is {live.dictionary.name!r} ({live.dictionary.fingerprint[:19]}), and the configuration "
+            f"names {dictionary.path!r} ({named.fingerprint[:19]}); share what it names"
+        )
+    return Inputs(subject, live.dictionary, live.model)
+
+
+def _called(subject: str) -> str:
+    return BUNDLED if is_bundled(subject) else subject
 
 
 def _settled(wanted: Wanted) -> RunConfig:

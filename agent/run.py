@@ -20,15 +20,18 @@ the same tables; calls to language models that were answered are in its journal 
 which calls failed for good are taken up anew. A first interrupt (Ctrl-C) drains: what is in flight is finished and written; a
 second one stops at once; `label.hours` and `label.until` drain as the first does. In a notebook, where an event loop runs
 already, `run` works in a thread of its own and returns when it is done.
+
+While a run goes on, investigations of the same process can use its subject (`sharing`): the forward passes of all of them are
+batched together, and none waits for another's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +43,7 @@ from exegete.agent.gathering import Inputs, Interrupted, gather_control, gather_
 from exegete.agent.identity import identity
 from exegete.agent.interrupts import stop_on_interrupt
 from exegete.agent.limits import Deadline, deadline_of, stops
+from exegete.agent.live import Live, inputs_of
 from exegete.agent.models import budget_of
 from exegete.agent.ordering import Latents, chosen_latents
 from exegete.agent.planning import Ask
@@ -55,6 +59,9 @@ from exegete.tools.errors import UserError
 from exegete.tools.evidence import Evidence
 from exegete.tools.seeds import generator
 from exegete.tools.store import Store, Writer, id_of_run
+
+if TYPE_CHECKING:
+    from exegete.agent.investigation.shared_model import Sharing
 
 
 @dataclass(frozen=True)
@@ -72,23 +79,35 @@ class Outcome:
     """Ids of the runs that it began or took up: one a dictionary, and those of random-weight controls."""
 
 
-def run(config: RunConfig, progress: Progress | None = None, confirm: Ask | None = None) -> Outcome:
+def run(
+    config: RunConfig, progress: Progress | None = None, confirm: Ask | None = None, sharing: Sharing | None = None
+) -> Outcome:
     """Label what `config` names and publish the results; go on from where an earlier call of the same configuration ended.
 
     Args:
         config: as `exegete.agent.config.load_config` or `RunConfig` makes it.
         progress: where it is shown how far the run is; a live display on a terminal and in a notebook, else lines.
         confirm: asked before more than `models.confirm_usd` or `label.confirm_hours` is spent; nobody is asked where it is None.
+        sharing: the live model that others of this process run as well, in place of one that the configuration would load; it
+            must be what the configuration names. Scores that rest on running it are the same beyond rounding.
 
     Raises:
         UserError: something in the configuration, the inputs or the store is wrong; nothing was damaged.
     """
+    with ExitStack() as closing:
+        live = None if sharing is None else sharing.live()
+        if live is not None:
+            closing.callback(live.model.close)  # type: ignore[attr-defined]  # What still waits is of this run.
+        return _run(config, progress, confirm, live)
+
+
+def _run(config: RunConfig, progress: Progress | None, confirm: Ask | None, live: Live | None) -> Outcome:
     progress = SurvivingDisplay(progress or default_progress())
     folder = Path(config.store)
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.
     check_workbench(config)
-    inputs = load_inputs(config, progress)
+    inputs = load_inputs(config, progress, None if live is None else lambda *named: inputs_of(live, *named[:2]))
     store = Store.create_or_open(folder)
     with store.writer() as writer, watched(store.folder, progress) as watch, stop_on_interrupt(progress) as asked:
         deadline, budget = deadline_of(config.label), budget_of(config.models)

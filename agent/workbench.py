@@ -224,7 +224,7 @@ class _Supplies:
         from exegete.tools.live_model import LiveModel
 
         assert self.inputs is not None
-        return LiveModel(self.inputs.subject, [self.inputs.dictionary])
+        return self.inputs.model or LiveModel(self.inputs.subject, [self.inputs.dictionary])
 
 
 def _asked_by(config: RunConfig, kind: Kind, name: str) -> str | None:
