@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/exegete demo --store $(STORE)
 
 test: $(VENV)/.tested lint types wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from exegete.agent import instrument_cli
+from exegete.agent import instrument_cli, readings
 from exegete.agent.cli import app
 from exegete.agent.findings import Findings, Table, figure, plain
 from exegete.agent.live import Live, Wanted, open_live, read_texts
+from exegete.agent.readings import probing
 from exegete.tools.bundled.behaviours import behaviours
 from exegete.tools.bundled.grammar import generate
 from exegete.tools.effects import kl_divergences
@@ -182,15 +183,23 @@ def test_compare_finds_what_sets_texts_apart(tmp_path: Path) -> None:
     assert "differ at a false discovery rate of 0.05" in invoke("compare", *map(str, files), "--permutations", "999")
 
 
-def test_probe_never_stands_without_its_baseline(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_probe_never_stands_without_its_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Findings] = []
+
+    def once(*arguments: Any, **options: Any) -> Findings:
+        made.extend([] if made else [probing(*arguments, **options)])
+        return made[0]
+
+    monkeypatch.setattr(readings, "probing", once)
     file = tmp_path / "labelled.jsonl"
     texts = [one.text for one in generate(6, 80)]
     file.write_text("".join(json.dumps({"text": one, "label": int(" WHERE " in one)}) + "\n" for one in texts))
-    found = facts("probe", str(file), "--k", "1", "--folds", "3")["probes"]
+    found = facts("probe", str(file), "--k", "1", "--folds", "2")["probes"]
     for result in found["results"]:
         assert result["dense"]["value"] > 0.5 and result["latent"]["floor"] < 0.8
         assert {"value", "low", "high"} <= result["gain"].keys()
-    assert "residual" in invoke("probe", str(file), "--k", "1", "--folds", "3")
+    assert "residual" in invoke("probe", str(file), "--k", "1", "--folds", "2")  # The same findings, as a table.
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from exegete.agent.run import Outcome, run
 from exegete.evaluators import evaluator_names
 from exegete.tools.bundled import subject_path
 
+pytestmark = pytest.mark.slow
 SMALL = {
     "subject.name": "bundled",
     "dictionary.path": "bundled:tests",

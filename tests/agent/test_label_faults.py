@@ -12,7 +12,8 @@ from disturbed import Bench, Undisturbed, bench_of, check_account, check_rows, r
 from language_model_server import Running, serving
 from planted_store import tables
 
-LATENTS, FEW = 200, 48
+pytestmark = pytest.mark.slow
+LATENTS, FEW = 100, 48
 
 DETAILS = {
     "429": "HTTP 429", "500": "HTTP 500", "503": "HTTP 503", "529": "HTTP 529", "html": "HTTP 502",
@@ -54,7 +55,7 @@ def limits(*kinds: str) -> dict[str, Any]:
     """Return how long to wait where these faults strike: no longer than there is something to wait for."""
     if {"hang", "drip"} & {*kinds}:
         # As few calls at a time as are answered at once also on a busy machine.
-        return {"models.timeout_s": 3, "models.concurrency": 32}
+        return {"models.timeout_s": 5, "models.concurrency": 32}
     return {"models.patience_s": 0.3} if {*PUSHED_BACK} & {*kinds} else {}
 
 
@@ -99,9 +100,9 @@ def check_failures(store: Any, hit: dict[str, set[str]]) -> None:
     assert reasons and all(re.match(r"one-shot: error: ", reason) for (reason,) in reasons)
 
 
-ERRORS = [fault(kind, 0.03) for kind in ("500", "html", "cut", "cut_body")]
-SILENCE = [fault(kind, 0.03) for kind in ("hang", "drip")]
-PUSHBACK = [fault(kind, 0.005) for kind in PUSHED_BACK] + [fault("429", 0.005, retry_after=0.1)]
+ERRORS = [fault(kind, 0.05) for kind in ("500", "html", "cut", "cut_body")]
+SILENCE = [fault(kind, 0.05) for kind in ("hang", "drip")]
+PUSHBACK = [fault(kind, 0.015) for kind in PUSHED_BACK] + [fault("429", 0.015, retry_after=0.1)]
 
 
 @pytest.mark.parametrize(("name", "faults"), [("errors", ERRORS), ("silence", SILENCE), ("pushback", PUSHBACK)])

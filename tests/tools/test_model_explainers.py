@@ -169,10 +169,9 @@ def test_what_a_prompt_shows_escaped_is_meant_unescaped_in_a_predicate() -> None
 
 @pytest.mark.parametrize("name", ["one_shot", "contrastive", "merge_senses", "combined"])
 def test_the_examples_in_the_prompts_are_valid_answers(name: str) -> None:
-    for message in prompting._prompt(name).shared:
-        if message.role == "assistant":
-            given = json.loads(message.text)
-            assert checked_predicate(given["predicate"])[0] is not None and given["explanation"]
+    answers = [json.loads(one.text) for one in prompting._prompt(name).shared if one.role == "assistant"]
+    assert answers
+    assert all(checked_predicate(given["predicate"])[0] is not None and given["explanation"] for given in answers)
 
 
 def test_the_example_predicate_holds_where_the_example_is_marked() -> None:

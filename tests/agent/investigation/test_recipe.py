@@ -229,6 +229,7 @@ def test_the_metric_is_read_off_the_prompts_or_asked_for() -> None:
         framed(CASE, Case("…"))
 
 
+@pytest.mark.slow
 def test_order_desc_of_the_bundled_subject(subject: Subject, dictionary: Dictionary) -> None:
     """The whole protocol through the real tools, and its claims on prompts that it has not seen."""
     cases, unseen = cases_of("order.DESC", 8), cases_of("order.DESC", 9, seed=9)
