@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -276,6 +277,7 @@ class Editor:
 def take_sources(model: LiveModel, interventions: Sequence[Intervention]) -> dict[LatentEdit, Tensor]:
     """Return the activations that edits take from other texts, on a clean run of these."""
     edits = {edit for one in interventions for edit in one.edits if isinstance(edit, LatentEdit) and edit.sources}
+    _read_together(model, [edit for edit in edits if edit.operation == "patch"])
     return {edit: model.source_codes(edit) for edit in edits}
 
 
@@ -307,6 +309,22 @@ def read_source(model: LiveModel, edit: LatentEdit) -> Tensor:
     if not kept.any():
         raise UserError("resample: the texts have special tokens only; give texts with words to draw from")
     return torch.cat(found)[kept.to(found[0].device)]
+
+
+def _read_together(model: LiveModel, edits: Sequence[LatentEdit]) -> None:
+    """Keep the vectors of the prompts that edits patch from, read in common batches."""
+    from exegete.tools.live_model import Trial
+
+    keys = model.source_vectors.missing((model.dictionary(one.dictionary).hook_point, one.sources[0]) for one in edits)
+    for point in dict.fromkeys(point for point, _ in keys):
+        own = [key for key in keys if key[0] == point]
+
+        def keep(reading: Reading, point: str = point) -> list[None]:
+            for row, trial in enumerate(reading.batch.trials):
+                model.source_vectors.get((point, trial.tokens), partial(reading.of, point, row))
+            return [None] * len(reading.batch.trials)
+
+        model.run([Trial(tokens) for _, tokens in own], keep, keep="none", points=[point])
 
 
 def _vectors(model: LiveModel, hook_point: str, tokens: Tokens) -> Tensor:

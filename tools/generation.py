@@ -1,6 +1,7 @@
 """Continuations of prompts under interventions, sampled with a key-value cache.
 
-One uniform number per step decides each token, drawn from the prompt's tokens and `Trial.draw` alone. So a continuation
+Every trial may have its own length, temperature and seed (`Sampling`); those that have written enough wait for the others of their
+batch. One uniform number per step decides each token, drawn from the prompt's tokens and `Trial.draw` alone. So a continuation
 does not depend on its batch, and a clean and a steered run of one prompt use the same numbers: where the intervention
 changes nothing, so does the text.
 """
@@ -32,6 +33,21 @@ class Continuation:
     """Natural logarithms of each token's probability under the model that wrote it, at temperature 1."""
     ended: bool
     """Whether it wrote the end token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one trial is continued."""
+
+    tokens: int
+    """At most."""
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    seed: int = 0
+
+    def numbers(self, trial: Trial) -> np.ndarray:
+        """Return the uniform random numbers that decide the trial's tokens, shape (tokens,)."""
+        return generator(self.seed, "generate", trial.draw, *trial.tokens).random(self.tokens)
 
 
 @runtime_checkable
@@ -72,13 +88,28 @@ def generate(
     if isinstance(model, Continues):
         return model.continued(trials, tokens, temperature=temperature, seed=seed, cache=cache)
     check_generation(model, trials, tokens, temperature)
+    return continue_each(model, trials, [Sampling(tokens, temperature, seed)] * len(trials), cache=cache)
+
+
+def continue_each(
+    model: LiveModel, trials: Sequence[Trial], sampling: Sequence[Sampling], *, cache: bool = True
+) -> list[Continuation]:
+    """Continue every trial as its own `Sampling` says; they have been checked (`check_generation`).
+
+    Raises:
+        UserError: one prompt alone does not fit the device's memory, or as `generate` for what an intervention does.
+    """
     room = model.subject.max_context
     results: dict[int, Continuation] = {}
     order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
-    sampling = _Sampling(temperature, seed)
-    for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + tokens)):
+    own = {id(trial): how for trial, how in zip(trials, sampling, strict=True)}
+    for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + sampling[index].tokens)):
         batch = [trials[index] for index in chosen]
-        found = model.shrinking(batch, lambda part: _continue(model, part, tokens, sampling, cache), more=tokens)
+        found = model.shrinking(
+            batch,
+            lambda part: _continue(model, part, [own[id(trial)] for trial in part], cache),
+            more=max(sampling[index].tokens for index in chosen),
+        )
         results |= dict(zip(chosen, found, strict=True))
     return [results[index] for index in range(len(trials))]
 
@@ -94,38 +125,19 @@ def check_generation(model: LiveModel, trials: Sequence[Trial], tokens: int, tem
             raise UserError(f"the prompt has {len(trial.tokens)} tokens and leaves no room to write, of {room}")
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    temperature: float
-    seed: int
-
-    def numbers(self, trial: Trial, count: int) -> np.ndarray:
-        return generator(self.seed, "generate", trial.draw, *trial.tokens).random(count)
-
-    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Return one token for each row of logits, shape (trial, vocabulary) → (trial,)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        below = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, below, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _continue(
-    model: LiveModel, trials: list[Trial], count: int, sampling: _Sampling, cached: bool
-) -> list[Continuation]:
+def _continue(model: LiveModel, trials: list[Trial], sampling: Sequence[Sampling], cached: bool) -> list[Continuation]:
     from transformers import DynamicCache
 
     batch = model.pad(trials)
     keeps = cached and not _conditioned(model, trials)
     cache = DynamicCache(config=model.subject.bridge.original_model.config) if keeps else None
-    uniform = torch.from_numpy(np.stack([sampling.numbers(trial, count) for trial in trials])).to(batch.tokens.device)
-    writing = _Writing(model, batch)
+    picking = _Picking(batch, sampling)
+    writing = _Writing(model, batch, sampling)
     with model.editing(batch) as editor, torch.inference_mode():
         tokens, mask = batch.tokens, batch.mask
-        for step in range(count):
+        for step in range(max(how.tokens for how in sampling)):
             logits = model.logits(tokens, mask, last=True, cache=cache)
-            written = sampling.pick(logits, uniform[:, step])
+            written = picking.token(step, logits)
             writing.add(written, logits)
             if writing.finished:
                 break
@@ -135,12 +147,40 @@ def _continue(
     return writing.continuations()
 
 
+class _Picking:
+    """Picks the tokens of one batch."""
+
+    def __init__(self, batch: Batch, sampling: Sequence[Sampling]) -> None:
+        device, most = batch.tokens.device, max(how.tokens for how in sampling)
+        # Past its own length a trial needs no number, and waits with the first token that may be.
+        numbers = [
+            np.pad(how.numbers(trial), (0, most - how.tokens))
+            for how, trial in zip(sampling, batch.trials, strict=True)
+        ]
+        self._uniform = torch.from_numpy(np.stack(numbers)).to(device)
+        temperatures = torch.tensor([how.temperature for how in sampling], dtype=torch.float64, device=device)
+        self._greedy = temperatures == 0
+        self._all_greedy = bool(self._greedy.all())
+        self._temperatures = torch.where(self._greedy, 1.0, temperatures)[:, None]
+
+    def token(self, step: int, logits: Tensor) -> Tensor:
+        """Return one token for each row of logits, shape (trial, vocabulary) → (trial,)."""
+        most_probable = logits.argmax(-1)
+        if self._all_greedy:
+            return most_probable
+        cumulative = (logits.double() / self._temperatures).softmax(-1).cumsum(-1)
+        below = self._uniform[:, step, None].to(cumulative) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, below, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        return torch.where(self._greedy, most_probable, drawn)
+
+
 class _Writing:
     """The continuations of one batch so far."""
 
-    def __init__(self, model: LiveModel, batch: Batch) -> None:
+    def __init__(self, model: LiveModel, batch: Batch, sampling: Sequence[Sampling]) -> None:
         self._end = model.subject.tokenizer.eos_token_id
-        rooms = [model.subject.max_context - length for length in batch.lengths]
+        most = model.subject.max_context
+        rooms = [min(how.tokens, most - length) for how, length in zip(sampling, batch.lengths, strict=True)]
         self._rooms = torch.tensor(rooms, device=batch.tokens.device)
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
@@ -154,7 +194,7 @@ class _Writing:
 
     @property
     def finished(self) -> bool:
-        """Whether every continuation has ended or has no room left."""
+        """Whether every continuation has ended, is as long as it may be, or has no room left."""
         return bool((self._ended | (self._rooms <= len(self._tokens))).all())
 
     def continuations(self) -> list[Continuation]:

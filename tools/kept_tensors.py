@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ class KeptTensors:
         self._numbers = 0
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._lock = threading.Lock()
+
+    def missing(self, keys: Iterable[Hashable]) -> list[Any]:
+        """Return those of `keys` under which nothing is kept, each once."""
+        with self._lock:
+            return [key for key in dict.fromkeys(keys) if key not in self._kept]
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Return what is kept under `key`, or what `make` returns, which is kept from now on."""

@@ -6,7 +6,9 @@
    first token, and every random draw is keyed by the prompt.
 3. What is read off a batch – logits, vectors, codes – is reduced at once by the caller's function, so nothing that grows
    with the number of trials stays in memory unless the caller keeps it.
-4. Where the device runs out of memory the batch is halved, and a warning says so.
+4. Where all interventions of a batch begin at the last token, and its prompts repeat, what comes before that token is read once
+   for each prompt, and only the last token for each trial.
+5. Where the device runs out of memory the batch is halved, and a warning says so.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from exegete.tools.errors import UserError
 from exegete.tools.hooking import Change, comes_before, hooked, require_effective
 from exegete.tools.interventions import Intervention, LatentEdit, Tokens, VectorEdit
 from exegete.tools.kept_tensors import KeptTensors, normal
+from exegete.tools.late_edits import begins_late, late_logits
 from exegete.tools.subject import Subject
 from exegete.tools.trials import Batch, Reading, Trial, padded
 
@@ -181,7 +184,7 @@ class LiveModel:
         for point in points:
             self.subject.width(point)
         results: dict[int, T] = {}
-        order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
+        order = sorted(range(len(trials)), key=lambda index: (len(trials[index].tokens), trials[index].tokens))
         for chosen in self.batches(order, lambda index: len(trials[index].tokens)):
             batch = [trials[index] for index in chosen]
             found = self.shrinking(batch, lambda part: read(self._read(part, keep, points)))
@@ -280,6 +283,8 @@ class LiveModel:
     def _read(self, trials: Sequence[Trial], keep: Keep, points: Sequence[str]) -> Reading:
         batch = self.pad(trials)
         kept: dict[str, Tensor] = {}
+        if keep == "last" and not points and begins_late(self, batch):
+            return Reading(batch, late_logits(self, batch), kept)
         with self.editing(batch), torch.inference_mode(), self._keeping(points, kept, stop=keep == "none"):
             try:
                 logits = self.logits(batch.tokens, batch.mask, last=keep == "last")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
-from exegete.tools.generation import check_generation, generate
+from exegete.tools.generation import Sampling, check_generation, continue_each
 from exegete.tools.live_model import Batch, Keep, LiveModel, Reading, Trial
 
 Reader = Callable[[Reading], Sequence[Any]]
@@ -274,11 +274,11 @@ def _rows(reading: Reading, rows: Sequence[int]) -> Reading:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue the prompts."""
+    """Continue the prompts. Calls of any lengths, temperatures and seeds share batches."""
 
-    tokens: int
-    temperature: float
-    seed: int
+    tokens: int = field(compare=False)
+    temperature: float = field(compare=False)
+    seed: int = field(compare=False)
     cache: bool
 
     def check(self, model: LiveModel, trials: Sequence[Trial]) -> None:
@@ -291,9 +291,15 @@ class Generate:
 
     def perform(self, model: LiveModel, items: Sequence[Item], count: Count) -> None:
         """Run one batch."""
-        trials = [item.trial for item in items]
-        found = generate(model, trials, self.tokens, temperature=self.temperature, seed=self.seed, cache=self.cache)
+        # Copies, since two calls may hold one and the same trial and continue it in different ways.
+        trials = [copy.copy(item.trial) for item in items]
+        found = continue_each(model, trials, [_sampling(item.call.job) for item in items], cache=self.cache)
         count([item.length(model) for item in items])
         for call in calls_of(items):
             own = [row for row, item in enumerate(items) if item.call is call]
             call.settle([items[row] for row in own], [found[row] for row in own])
+
+
+def _sampling(job: Job) -> Sampling:
+    assert isinstance(job, Generate)
+    return Sampling(job.tokens, job.temperature, job.seed)

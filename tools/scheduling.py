@@ -4,9 +4,10 @@
 2. At most `most_waiting` trials are in at a time. The others wait at the door, and with them their thread or task.
    Callers get in, and out again into a batch, by turns, a trial each, so that ten thousand trials of one caller do not
    keep another's single one waiting for longer than a few batches.
-3. One thread takes a round from the queue: trials of one kind of work (the same logits and hook points to read, or the
-   same settings to generate with; interventions may differ), sorts them by length and pads them into batches of at most
-   `batch_tokens`. It waits `waiting_s` for more while calls come in.
+3. One thread takes a round from the queue: trials of one kind of work (the same logits and hook points to read, or prompts
+   to continue; interventions, and how long and at which temperature each is continued, may differ), sorts them by length
+   (those that are edited from their last token on by themselves: see `exegete.tools.late_edits`) and pads them into batches of at
+   most `batch_tokens`. It waits `waiting_s` for more while calls come in.
 4. Each call's `read` sees a copy of its own rows, as if it had run alone. What goes wrong in it is that call's alone.
    A batch that fails runs again split by calls, until the call that is to blame is alone and gets the error.
 5. Trials of a cancelled task or a closed caller leave the queue at once; in a running batch their results are dropped.
@@ -29,13 +30,14 @@ import torch
 from exegete.tools.errors import UserError
 from exegete.tools.generation import Continuation
 from exegete.tools.interventions import VectorEdit
+from exegete.tools.late_edits import acts_late
 from exegete.tools.live_model import Keep, LiveModel, Reading, Trial
 from exegete.tools.scheduled_calls import Call, Caller, Generate, Item, Job, Queue, Read, Reader, calls_of
 
 T = TypeVar("T")
 
-CPU_BATCH_TOKENS = 1_024
-"""Where batches are no longer faster the larger they are: what a layer writes then leaves the caches."""
+CPU_BATCH_TOKENS = 4_096
+"""The largest batches that take no longer for each token: beyond, what a layer writes leaves the caches."""
 _ROUND_BATCHES = 4
 """Sorted by length together. More would pad less, and keep a newcomer waiting for longer."""
 _CHECKED_AT_ONCE = 64
@@ -171,7 +173,7 @@ class Scheduler:
         cache: bool = True,
         caller: Caller | None = None,
     ) -> list[Continuation]:
-        """Continue every trial, as `exegete.tools.generation.generate` does. Calls of equal settings share batches.
+        """Continue every trial, as `exegete.tools.generation.generate` does. All calls share batches.
 
         Raises:
             UserError: as there; or the scheduler, or the caller, is closed.
@@ -281,10 +283,14 @@ class Scheduler:
                 return
 
     def _batches(self, items: list[Item]) -> Iterator[list[Item]]:
+        """Yield batches of a round: equal prompts together, and those that are edited late apart, if there are several batches."""
+        limit = min(self.batch_tokens, self._model.batch_tokens)
+        several = sum(item.length(self._model) for item in items) > limit
+        late = {item: several and _is_late(self._model, item) for item in items}
         batch: list[Item] = []
-        for item in sorted(items, key=lambda item: item.length(self._model)):
-            limit = min(self.batch_tokens, self._model.batch_tokens)
-            if batch and (len(batch) + 1) * item.length(self._model) > limit:
+        for item in sorted(items, key=lambda item: (late[item], item.length(self._model), item.trial.tokens)):
+            full = (len(batch) + 1) * item.length(self._model) > limit
+            if batch and (full or late[item] != late[batch[-1]]):
                 yield batch
                 batch = []
             batch.append(item)
@@ -317,6 +323,11 @@ class Scheduler:
                 padded_tokens=so_far.padded_tokens + padded,
                 largest_batch_tokens=max(so_far.largest_batch_tokens, padded),
             )
+
+
+def _is_late(model: LiveModel, item: Item) -> bool:
+    job = item.call.job
+    return isinstance(job, Read) and job.keep == "last" and not job.points and acts_late(model, item.trial)
 
 
 def _closed(what: str) -> UserError:

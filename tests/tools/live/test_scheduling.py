@@ -36,7 +36,7 @@ def test_64_concurrent_experiments_share_few_batches(model: LiveModel, trials: l
     assert statistics.trials_per_batch > 10
     assert 0 <= statistics.padded_share < 0.25
     assert statistics.tokens <= statistics.padded_tokens
-    assert statistics.largest_batch_tokens <= scheduler.batch_tokens == 1_024
+    assert statistics.largest_batch_tokens <= scheduler.batch_tokens == 4_096
 
 
 def test_calls_of_different_readings_get_their_own(model: LiveModel, trials: list[Trial]) -> None:
