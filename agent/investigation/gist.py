@@ -13,7 +13,7 @@ READING = (
     "claims together); of a control, what 95 % of its n random draws reach."
 )
 """How the tables of figures are read."""
-NO_LABELS = "No label is known of these latents: this was asked without a store that has any (`--store`)."
+NO_LABELS = "No label is known of these latents: this was asked without a store that has any (--store)."
 
 
 def tally(record: InvestigationRecord) -> tuple[tuple[str, tuple[str, ...]], ...]:

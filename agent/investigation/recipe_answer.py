@@ -28,7 +28,7 @@ def answered(found: Figures) -> str:
         _more(found),
         _hits(found),
     ]
-    return " ".join(part for part in parts if part)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _there(found: Figures) -> str:
