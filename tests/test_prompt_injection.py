@@ -124,13 +124,12 @@ PROMPTS: dict[str, Callable[[str], Sequence[Message]]] = {
     ).messages,
     "surprisal": lambda t: render("surprisal", description=line(t)).messages,
     "test_and_refine": lambda t: LatentBrief(shown([window(t), window(t)]), 0.01, 9_000).beginning(investigated(t)),
-    "test_and_refine_results": lambda t: [
-        Message("user", LatentBrief([], 0.01, 9).told(investigated(t), [Turn.of(investigated(t).said[0])]))
-    ],
     "write_texts": lambda t: render(
         "write_texts", explanation=line(t), samples=[window_line([t]), window_line([t])], count=3
     ).messages,
 }  # fmt: skip
+NUMBERS_ALONE = ("test_and_refine_results",)
+"""Prompts that take no text."""
 UNFENCED = ("That answer cannot be used: ", "Description: ", "Passage: ", '{"title": ')
 """Where untrusted text stands on a line of its own, after these words. A model's own answer is a message of its own."""
 _TAG = re.compile(r"</?[a-z_]+(?: [^<>]*)?>")
@@ -185,7 +184,14 @@ def _after(text: str, fence: str) -> str:
 
 
 def test_every_prompt_is_tried() -> None:
-    assert sorted(PROMPTS) == prompt_names()
+    assert sorted([*PROMPTS, *NUMBERS_ALONE]) == prompt_names()
+
+
+def test_where_no_prompt_is_tried_there_is_no_text_in_it() -> None:
+    told = [
+        LatentBrief([], 0.01, 9).told(investigated(t), [Turn.of(investigated(t).said[0])]) for t in (TAME, HOSTILE[0])
+    ]
+    assert told[0] == told[1] == "3 replies are left."
 
 
 @pytest.mark.parametrize("name", PROMPTS)
