@@ -4,6 +4,7 @@
 2. The code of x is kept sparsely: only active latents are written down, blocks of tokens at a time.
 3. Each further pass puts other vectors where the dictionary writes, as a leaf of autograd, and takes the gradient of
    the metric there: nothing before that point is in the graph.
+   Passes of one kind, as of the groups, run together, as many as a batch has room for.
 4. Gradients are taken to the active latents along their directions, or back through a decoder that is no linear map.
 
 An intervention of a trial stays in place, and the vectors are what it leaves at the dictionary's points: what an ablation
@@ -13,10 +14,12 @@ what `encode` makes of the vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ from exegete.tools.errors import UserError
 from exegete.tools.interventions import LatentEdit
 from exegete.tools.live_model import Batch, LiveModel, Trial
 from exegete.tools.metrics import Floats, LogitPositions, Metric, PromptTrial, against, measured
+
+Added = TypeVar("Added")
 
 _GATHERED = 2**24
 """Numbers of directions that are gathered at once: 64 megabytes in float32."""
@@ -96,20 +101,22 @@ def _require_untouched(model: LiveModel, dictionary: Dictionary, trials: Sequenc
 
 def _attributed(passes: _Passes, steps: int, groups: Tensor) -> list[Found]:
     scales = [(step + 0.5) / steps for step in range(steps)] or [1.0]
-    code = passes.code
+    code, members = passes.code, [groups == group for group in range(int(groups.max()) + 1)]
     by_latent = torch.zeros(len(code.entries.values), device=passes.x_out.device)
-    without_latents, gradient = torch.zeros_like(passes.clean), torch.zeros_like(code.error)
-    for group in range(int(groups.max()) + 1):
-        members = groups == group
-        mine = members[code.entries.latents]
-        for scale in scales:
-            gradient = passes.gradient(code.change(members, scale) if steps else None)
-            by_latent[mine] += code.to_latents(gradient, members, scale) / len(scales)
-        without_latents += passes.clean - passes.value(code.change(members, 0.0))
+    gradient = torch.zeros_like(code.error)
+    pairs = [(group, scale) for group in members for scale in scales]
+    changes = (code.change(group, scale) if steps else None for group, scale in pairs)
+    for (group, scale), gradient in zip(pairs, passes.gradients(changes), strict=True):
+        by_latent[group[code.entries.latents]] += code.to_latents(gradient, group, scale) / len(scales)
+    without_latents = torch.zeros_like(passes.clean)
+    for value in passes.values(code.change(group, 0.0) for group in members):
+        without_latents += passes.clean - value
     if steps:
-        gradient = torch.stack([passes.gradient((scale - 1) * code.error) for scale in scales]).mean(0)
-    without_error = passes.clean - passes.value(-code.error)
-    return list(_split(passes, by_latent * code.entries.values.float(), gradient, (without_latents, without_error)))
+        errors = ((scale - 1) * code.error for scale in scales)
+        gradient = torch.stack(list(passes.gradients(errors))).mean(0)
+    (value,) = passes.values([-code.error])
+    without = (without_latents, passes.clean - value)
+    return list(_split(passes, by_latent * code.entries.values.float(), gradient, without))
 
 
 class _Passes:
@@ -124,7 +131,7 @@ class _Passes:
         self._positions = positions
         self._leaf: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
-        logits = self._run(None, with_gradient=False)
+        logits = self._run([None], with_gradient=False)
         self.x_out = self._seen[dictionary.hook_point_out]
         """Shape (trial, position, width out)."""
         self._metric = against(metric, batch, logits)
@@ -136,31 +143,50 @@ class _Passes:
         """The code of the clean vectors."""
         return _Code(self._dictionary, self._seen[self._dictionary.hook_point], self.x_out, self.batch)
 
-    def value(self, added: Tensor) -> Tensor:
-        """Return the metric with `added`, shape (token, width out), shape (trial,)."""
-        return measured(self._metric, self._run(added, with_gradient=False), self.batch)
+    def values(self, added: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the metric with each of `added`, shape (token, width out), in their order, shape (trial,)."""
+        for some in self._together(added):
+            yield from self._measured(self._run(some, with_gradient=False))
 
-    def gradient(self, added: Tensor | None) -> Tensor:
-        """Return the metric's gradient at the vectors plus `added`, in float32, shape (token, width out)."""
-        logits = self._run(added, with_gradient=True)
-        with torch.enable_grad():
-            values = measured(self._metric, logits, self.batch)
-        if not values.requires_grad or self._leaf is None:
-            raise UserError("the metric has no gradient; compute it from the logits with torch, without detaching them")
-        (gradient,) = torch.autograd.grad(values.sum(), self._leaf)
-        self._leaf = None
-        chosen = gradient[self.batch.mask].float()
-        if not bool(chosen.isfinite().all()):
-            raise UserError("the metric's gradient is not finite; load the subject with dtype = 'float32'")
-        return chosen
+    def gradients(self, added: Iterable[Tensor | None]) -> Iterator[Tensor]:
+        """Yield the metric's gradient at the vectors plus each of `added`, in float32, shape (token, width out)."""
+        for some in self._together(added):
+            logits = self._run(some, with_gradient=True)
+            with torch.enable_grad():
+                values = torch.stack(self._measured(logits))
+            if not values.requires_grad or self._leaf is None:
+                raise UserError(
+                    "the metric has no gradient; compute it from the logits with torch, without detaching them"
+                )
+            # No row of the batch depends on another.
+            (gradient,) = torch.autograd.grad(values.sum(), self._leaf)
+            self._leaf = None
+            for part in gradient.split(len(self.batch.trials)):
+                chosen = part[self.batch.mask].float()
+                if not bool(chosen.isfinite().all()):
+                    raise UserError("the metric's gradient is not finite; load the subject with dtype = 'float32'")
+                yield chosen
 
-    def _run(self, added: Tensor | None, with_gradient: bool) -> Tensor:
-        with self._replacing(added, with_gradient), torch.no_grad():
+    def _together(self, added: Iterable[Added]) -> Iterator[list[Added]]:
+        room = max(1, self._model.batch_tokens // self.batch.tokens.numel())
+        iterator = iter(added)
+        while some := list(itertools.islice(iterator, room)):
+            yield some
+
+    def _measured(self, logits: Tensor) -> list[Tensor]:
+        """Return the metric of each copy of the batch."""
+        return [measured(self._metric, part, self.batch) for part in logits.split(len(self.batch.trials))]
+
+    def _run(self, added: Sequence[Tensor | None], with_gradient: bool) -> Tensor:
+        """Return the logits of as many copies of the batch as there are `added`, one after the other."""
+        copies, batch = len(added), self.batch
+        repeated = Batch([*batch.trials] * copies, batch.tokens.repeat(copies, 1), batch.mask.repeat(copies, 1))
+        with self._replacing(repeated, added, with_gradient), torch.no_grad():
             # The hook turns gradients on from the leaf on; leaving this block turns them off again.
-            return self._model.logits(self.batch.tokens, self.batch.mask, last=self._positions == "last")
+            return self._model.logits(repeated.tokens, repeated.mask, last=self._positions == "last")
 
     @contextmanager
-    def _replacing(self, added: Tensor | None, with_gradient: bool) -> Iterator[None]:
+    def _replacing(self, batch: Batch, added: Sequence[Tensor | None], with_gradient: bool) -> Iterator[None]:
         """Hold the model, with our hooks after those of the trials' interventions."""
 
         def look(x: Tensor) -> None:
@@ -169,14 +195,15 @@ class _Passes:
         def replace(x: Tensor) -> Tensor:
             self._seen.setdefault(self._dictionary.hook_point_out, x.detach())
             leaf = x.detach().clone()
-            if added is not None:
-                leaf[self.batch.mask] += added.to(leaf.dtype)
+            for part, one in zip(leaf.split(len(self.batch.trials)), added, strict=True):
+                if one is not None:
+                    part[self.batch.mask] += one.to(leaf.dtype)
             if with_gradient:
                 torch.set_grad_enabled(True)
                 self._leaf = leaf.requires_grad_()
             return leaf
 
-        with self._model.editing(self.batch), ExitStack() as hooks:
+        with self._model.editing(batch), ExitStack() as hooks:
             hooks.enter_context(self._model.hooked(self._dictionary.hook_point, look))
             hooks.enter_context(self._model.hooked(self._dictionary.hook_point_out, replace))
             yield
