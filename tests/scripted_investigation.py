@@ -1,18 +1,14 @@
 """An investigation without a model: an investigator that follows a script, tools that compute on their arguments alone.
 
-`killed` runs it in a process that kills itself at a given place; what ran and what was asked is written to files.
+What ran and what was asked is written to files.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,10 +35,6 @@ from exegete.agent.investigation.record import InvestigationRecord, to_json, wri
 from exegete.agent.investigation.toolbelt import Tool, Toolbelt, make_tool
 from exegete.tools.errors import ToolError
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["scripted_investigation", "exegete.agent.investigation.graph", "pydantic"])
-
-NODES = ("frame", "approve", "think", "predict", "experiment", "update", "listen", "verify", "report")
 CASES = tuple(Case(f"prompt {number}", "yes", "no") for number in range(8))
 CLAIM = Claim("latent 3 does it", "causal", (3,), experiments=("E3",), hypothesis="H1")
 COSTS = 100
@@ -241,42 +233,6 @@ def run(folder: Path, person: Person | None = None, **more: Any) -> Investigatio
     finally:
         one.close()
         one.ledger.close()
-
-
-def killed(folder: Path, owner: str, method: str, when: str, time: int = 1) -> int | None:
-    """Run it in a process that kills itself at a call of a method; return its exit status, which is 0 where it was not called."""
-    process = FORKS.Process(target=_run_and_die, args=(folder, owner, method, when, time))
-    process.start()
-    process.join(60)
-    return process.exitcode
-
-
-def _run_and_die(folder: Path, owner: str, method: str, when: str, time: int) -> None:
-    kind = {"Inquiry": Inquiry, "Ledger": Ledger}[owner]
-    original = getattr(kind, method)
-    places: list[str] = []
-
-    def die(place: str) -> None:
-        places.append(place)
-        if places.count(when) == time:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    @wraps(original)
-    def plain(*args: Any, **more: Any) -> Any:
-        die("before")
-        found = original(*args, **more)
-        die("after")
-        return found
-
-    @wraps(original)
-    async def awaiting(*args: Any, **more: Any) -> Any:
-        die("before")
-        found = await original(*args, **more)
-        die("after")
-        return found
-
-    setattr(kind, method, awaiting if owner == "Inquiry" else plain)
-    run(folder)
 
 
 def as_lines(record: InvestigationRecord) -> list[str]:

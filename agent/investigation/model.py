@@ -47,7 +47,7 @@ _FRAME_SCHEMA = schema_text(
             "kind": {
                 "anyOf": [{"type": "string", "enum": ["log_odds", "log_probability", "judged"]}, {"type": "null"}]
             },
-            **dict.fromkeys(("answer", "other", "criterion"), {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+            **{name: {"anyOf": [{"type": "string"}, {"type": "null"}]} for name in ("answer", "other", "criterion")},
         },
         "required": ["kind", "answer", "other", "criterion"],
         "additionalProperties": False,

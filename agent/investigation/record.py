@@ -14,8 +14,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from exegete.agent.investigation.contract import (
     Budget,
@@ -27,6 +28,9 @@ from exegete.agent.investigation.contract import (
     Verdict,
 )
 from exegete.tools.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 RECORD = "record.json"
 FORMAT = 1
@@ -172,7 +176,7 @@ def from_json(text: str, where: str) -> InvestigationRecord:
     Raises:
         UserError: it is damaged, or from a newer version.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         found = json.loads(text)
@@ -180,7 +184,7 @@ def from_json(text: str, where: str) -> InvestigationRecord:
             raise UserError(
                 f"{where} has format {found['format']}; this exegete knows {FORMAT}: pip install -U exegete"
             )
-        return TypeAdapter(InvestigationRecord).validate_json(text)
+        return _adapter().validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "all of it"
@@ -189,6 +193,14 @@ def from_json(text: str, where: str) -> InvestigationRecord:
         ) from error
     except ValueError as error:
         raise UserError(f"{where} is damaged ({error}); restore it, or ask the question again") from error
+
+
+@cache
+def _adapter() -> TypeAdapter[InvestigationRecord]:
+    """Made once: that takes longer than any reading, and a ledger is read at every step."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(InvestigationRecord)
 
 
 def write_record(record: InvestigationRecord, folder: Path) -> Path:

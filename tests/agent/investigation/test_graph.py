@@ -1,4 +1,4 @@
-"""The investigation's graph: predictions before experiments, budgets, loops, people, and kills at every place."""
+"""The investigation's graph: predictions before experiments, budgets, loops, people. Kills: `test_ask_on_the_wire`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from typing import Any
 import pytest
 from scripted_investigation import (
     CLAIM,
-    NODES,
     SCRIPT,
     Scripted,
     ablating,
     as_lines,
     inquiry,
-    killed,
     lines,
     run,
     timeless,
 )
 
-from exegete.agent.investigation.contract import Budget, Call, Decision, Hypothesis, Metric, Question, Result, View
+from exegete.agent.investigation.contract import Budget, Decision, Hypothesis, Metric, Question, Result, View
 from exegete.agent.investigation.graph import CHECKPOINTS, investigated
 from exegete.agent.investigation.inquiry import Answer, Interrupted
 from exegete.agent.investigation.ledger import Ledger
@@ -104,39 +102,6 @@ def test_calls_of_a_decision_run_at_the_same_time(tmp_path: Path) -> None:
     # Each waits for the other: one after the other, they would wait for ever.
     found = run(tmp_path / "why", script=script, together=threading.Barrier(2, timeout=30))
     assert [one.status for one in found.experiments] == ["ok", "ok"]
-
-
-PLACES = [
-    *(("Inquiry", node, "before", 1) for node in NODES),
-    *(("Inquiry", node, "after", 1) for node in ("think", "predict", "experiment", "report")),
-    *(("Inquiry", "experiment", "after", 2), ("Ledger", "decide", "after", 3), ("Ledger", "judge", "after", 1)),
-    *(("Ledger", "predict", "after", 1), ("Ledger", "finish", "before", 1), ("Ledger", "finish", "after", 2)),
-]
-"""Class, method, before or after it, at which call."""
-
-
-@pytest.mark.parametrize(("owner", "method", "when", "time"), PLACES)
-def test_killed_anywhere_it_ends_in_the_same_record(
-    undisturbed: InvestigationRecord, tmp_path: Path, owner: str, method: str, when: str, time: int
-) -> None:
-    folder = tmp_path / undisturbed.id
-    assert killed(folder, owner, method, when, time) == -9
-    with Ledger(folder) as ledger:
-        steps = ledger.steps
-        framed = ledger.proposed is not None
-        ended = {_ran(found.result.call) for found in ledger.calls()}
-    ran, asked = len(lines(folder, "ran")), len(lines(folder, "asked"))
-    found = run(folder)
-    assert as_lines(found) == as_lines(undisturbed)
-    assert not ended & set(lines(folder, "ran")[ran:])  # No finished experiment runs again,
-    again = lines(folder, "asked")[asked:]
-    assert all(int(step) > steps for step in again if step != "frame") and not (framed and "frame" in again)
-    report = (folder / "report.md").read_text()
-    assert run(folder) == found and (folder / "report.md").read_text() == report  # and a finished one is finished.
-
-
-def _ran(call: Call) -> str:
-    return f"{call.tool} {call.arguments['latent' if call.tool == 'look' else 'latents']}"
 
 
 def test_it_stops_when_asked_and_goes_on(undisturbed: InvestigationRecord, tmp_path: Path) -> None:
