@@ -161,7 +161,7 @@ class _Passes:
             # No row of the batch depends on another.
             (gradient,) = torch.autograd.grad(values.sum(), self._leaf)
             self._leaf = None
-            for part in gradient.split(len(self.batch.trials)):
+            for part in torch.split(gradient, len(self.batch.trials)):
                 chosen = part[self.batch.mask].float()
                 if not bool(chosen.isfinite().all()):
                     raise UserError("the metric's gradient is not finite; load the subject with dtype = 'float32'")
@@ -175,7 +175,7 @@ class _Passes:
 
     def _measured(self, logits: Tensor) -> list[Tensor]:
         """Return the metric of each copy of the batch."""
-        return [measured(self._metric, part, self.batch) for part in logits.split(len(self.batch.trials))]
+        return [measured(self._metric, part, self.batch) for part in torch.split(logits, len(self.batch.trials))]
 
     def _run(self, added: Sequence[Tensor | None], with_gradient: bool) -> Tensor:
         """Return the logits of as many copies of the batch as there are `added`, one after the other."""
@@ -195,7 +195,7 @@ class _Passes:
         def replace(x: Tensor) -> Tensor:
             self._seen.setdefault(self._dictionary.hook_point_out, x.detach())
             leaf = x.detach().clone()
-            for part, one in zip(leaf.split(len(self.batch.trials)), added, strict=True):
+            for part, one in zip(torch.split(leaf, len(self.batch.trials)), added, strict=True):
                 if one is not None:
                     part[self.batch.mask] += one.to(leaf.dtype)
             if with_gradient:

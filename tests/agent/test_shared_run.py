@@ -62,7 +62,7 @@ def test_it_writes_the_same_tables_and_leaves_the_model_to_the_others(
     assert run(config(alone, tmp_path / "requests.jsonl"), quiet()).finished  # Leaves its evidence.
     shutil.copytree(alone, together)
     judge = server.spec("openai", "judge")
-    asked = {"models.explainer": judge, "models.judge": judge, "label.explainer": "one-shot"}
+    asked: dict[str, Any] = {"models.explainer": judge, "models.judge": judge, "label.explainer": "one-shot"}
     asked |= {"label.evaluators": ["detection", "intervention"]}
     assert run(config(alone, tmp_path / "requests.jsonl", **asked), quiet()).finished
     with Sharing(live) as sharing:
