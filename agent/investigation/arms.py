@@ -1,7 +1,8 @@
 """What an intervention does to the metric, prompt by prompt, beside the same done to random latents.
 
 1. Each case's prompt runs with the intervention on the latents asked for, and with the same on random sets of as many
-   latents that fire as often (`exegete.tools.ablation_sets.random_sets`), all in common batches.
+   latents that fire as often (`exegete.tools.ablation_sets.random_sets`), all in common batches. Where no latent of a set is
+   active, taking it out changes nothing, and no pass is spent on it.
 2. The effect is the mean over prompts of changed less clean, with Student's interval: the prompt is the unit.
 3. Beside it stand the mean and the range, from the 2.5th to the 97.5th percentile, of the same mean over the random sets.
 4. A prompt's behaviour is gone where its metric was above the metric's line and no longer is, and came where it was not.
@@ -28,7 +29,7 @@ from exegete.tools.ablation_sets import random_sets
 from exegete.tools.errors import ToolError
 from exegete.tools.estimates import estimate
 from exegete.tools.intervals import Figure, share
-from exegete.tools.interventions import Intervention
+from exegete.tools.interventions import Intervention, Tokens
 from exegete.tools.live_model import Trial
 from exegete.tools.seeds import derive_seed
 from exegete.tools.text_activations import activations
@@ -36,6 +37,9 @@ from exegete.tools.text_activations import activations
 Latents = tuple[int, ...]
 Make = Callable[[Latents, int], Intervention]
 """The intervention on a set of latents while the model reads the case of a number."""
+
+Acts = Callable[[Sequence[Latents]], NDArray[np.bool_]]
+"""Sets of latents → whether an intervention on each can change anything on each case, shape (set, case)."""
 
 WORDS = {
     "log_odds": "log-odds of the answer",
@@ -119,9 +123,23 @@ class Flips:
 
 
 def beside_random(
-    bench: Bench, measurable: Measurable, latents: Sequence[int], make: Make, count: int | None = None
+    bench: Bench,
+    measurable: Measurable,
+    latents: Sequence[int],
+    make: Make,
+    count: int | None = None,
+    *,
+    acts: Acts | None = None,
 ) -> Arms:
     """Run an intervention on latents, and on `count` (by default the bench's number of) random sets of them.
+
+    Args:
+        bench: what it runs on.
+        measurable: the metric on the cases.
+        latents: the set that is asked about.
+        make: the intervention on a set.
+        count: random sets.
+        acts: on which cases the intervention on each set can change anything; on all of them, where it is not given.
 
     Raises:
         ToolError: too few latents fire that are not in the set.
@@ -130,10 +148,11 @@ def beside_random(
     sets = matched_sets(bench, latents, bench.controls if count is None else count)
     every = [tuple(latents), *sets]
     made = [[make(one, i) for i in range(len(measurable.prompts))] for one in every]
-    rows = [
-        [Trial(prompt, change) for prompt, change in zip(measurable.prompts, changes, strict=True)] for changes in made
-    ]
-    found = measurable.table(rows)
+    places = np.argwhere(np.ones((len(every), len(measurable.prompts)), dtype=bool) if acts is None else acts(every))
+    found = np.tile(measurable.clean, (len(every), 1))
+    if len(places):
+        trials = [(int(i), Trial(measurable.prompts[i], made[row][i])) for row, i in places]
+        found[tuple(places.T)] = measurable.at(trials)
     return Arms(measurable, tuple(latents), tuple(made[0]), found[0], tuple(sets), found[1:])
 
 
@@ -254,6 +273,15 @@ def firing(bench: Bench, measurable: Measurable, latents: Sequence[int]) -> dict
     found = activations(live.model, live.dictionary, measurable.prompts, list(latents))
     active: NDArray[np.bool_] = np.stack([(values != 0).any(0) for values in found])
     return {latent: float(share) for latent, share in zip(latents, active.mean(0), strict=True)}
+
+
+def active_on(bench: Bench, prompts: Sequence[Tokens], sets: Sequence[Latents]) -> NDArray[np.bool_]:
+    """Return whether any latent of a set is active on a prompt, shape (set, prompt)."""
+    wanted = sorted({latent for one in sets for latent in one})
+    place = {latent: i for i, latent in enumerate(wanted)}
+    found = activations(bench.live.model, bench.live.dictionary, prompts, wanted)
+    fires = np.stack([(values != 0).any(0) for values in found])
+    return np.stack([fires[:, [place[latent] for latent in one]].any(1) for one in sets])
 
 
 def named(latents: Sequence[int]) -> str:

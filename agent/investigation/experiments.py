@@ -7,10 +7,12 @@ directions). Importing this module registers them all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exegete.agent.experiments import mean_activations
 from exegete.agent.findings import figure
@@ -18,7 +20,7 @@ from exegete.agent.investigation import contrasts as contrasts
 from exegete.agent.investigation import holding_up as holding_up
 from exegete.agent.investigation import outputs as outputs
 from exegete.agent.investigation import steering as steering
-from exegete.agent.investigation.arms import Arms, beside_random, firing, named, report
+from exegete.agent.investigation.arms import Acts, Arms, Latents, active_on, beside_random, firing, named, report
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Outcome
 from exegete.agent.investigation.measuring import Floats, Measurable
@@ -53,7 +55,10 @@ def ablate(bench: Bench, latents: list[int], mode: Mode = "zero", positions: Lit
     """
     chosen, own = bench.latents(latents), bench.measurable
     ablation = _ablation(bench, mode, positions)
-    arms = beside_random(bench, own, chosen, lambda one, i: ablation.of(bench.live.dictionary, one, own.prompts[i]))
+    # Only to zero: a mean, or what a latent is elsewhere, also comes where it is silent.
+    acts: Acts | None = (lambda sets: active_on(bench, own.prompts, sets)) if mode == "zero" else None
+    dictionary = bench.live.dictionary
+    arms = beside_random(bench, own, chosen, lambda one, i: ablation.of(dictionary, one, own.prompts[i]), acts=acts)
     fires = firing(bench, own, chosen)
     found = report(
         arms,
@@ -79,7 +84,12 @@ def interchange(bench: Bench, latents: list[int], positions: Literal["all", "las
     chosen, own = bench.latents(latents), with_variants(bench.measurable)
     dictionary = bench.live.dictionary.fingerprint
     sources = [variant for variant in own.variants if variant is not None]
-    arms = beside_random(bench, own, chosen, lambda one, i: patched(dictionary, one, sources[i], positions))
+
+    def acts(sets: Sequence[Latents]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = active_on(bench, own.prompts, sets) | active_on(bench, sources, sets)
+        return found
+
+    arms = beside_random(bench, own, chosen, lambda one, i: patched(dictionary, one, sources[i], positions), acts=acts)
     varied = own.values([Trial(source) for source in sources])
     line, facts = _carried(arms, varied)
     left_out = len(bench.measurable.cases) - len(own.cases)

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 
 from exegete.agent.findings import figure
-from exegete.agent.investigation.arms import MATCHED, WORDS, Arms, Latents, headline_of, matched_sets, named
+from exegete.agent.investigation.arms import MATCHED, WORDS, Arms, Latents, active_on, headline_of, matched_sets, named
 from exegete.agent.investigation.bench import Bench
 from exegete.agent.investigation.contract import Case, Claim, Headline, Verdict
 from exegete.agent.investigation.family import LEVEL, holm, paired_p, random_sets_needed, rank_p, widened
@@ -41,7 +41,6 @@ from exegete.tools.interventions import Intervention, Tokens
 from exegete.tools.interventions import ablate as ablated
 from exegete.tools.interventions import patch as patched
 from exegete.tools.live_model import Trial
-from exegete.tools.text_activations import activations
 
 FEWEST = 8
 """Held-out prompts that a claim is verified on, at least."""
@@ -234,9 +233,9 @@ def _taken_out(runs: Runs, own: Measurable, claim: Claim, latents: Latents, coun
         note += f"; {_difference(own, sources, claim)}"
     bench = runs.bench
     sets = (latents, *matched_sets(bench, latents, count))
-    active = _active(bench, own.prompts, sets)
+    active = active_on(bench, own.prompts, sets)
     if sources is not None:
-        active |= _active(bench, sources, sets)
+        active |= active_on(bench, sources, sets)
     if not active[0].any():
         verb = "is" if len(latents) == 1 else "are"
         raise Unverifiable(f"{named(latents)} {verb} active on none of the held-out prompts", "failed")
@@ -269,15 +268,6 @@ def _difference(own: Measurable, sources: Source, claim: Claim) -> str:
     if found.value * _sign(claim) < 0:
         raise Unverifiable(f"the metric {claim.expects} in no variant: {words}", "failed")
     return words
-
-
-def _active(bench: Bench, prompts: Sequence[Tokens], sets: Sequence[Latents]) -> np.ndarray:
-    """Return whether any latent of a set is active on a prompt, shape (set, prompt)."""
-    wanted = sorted({latent for one in sets for latent in one})
-    place = {latent: i for i, latent in enumerate(wanted)}
-    found = activations(bench.live.model, bench.live.dictionary, prompts, wanted)
-    fires = np.stack([(values != 0).any(0) for values in found])
-    return np.stack([fires[:, [place[latent] for latent in one]].any(1) for one in sets])
 
 
 def _done(bench: Bench, latents: Latents, case: int, sources: Source | None) -> Intervention:
