@@ -6,6 +6,7 @@ killed is still a process of its own with everything that the run does in it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 VIEWS = ("latents", "explanations", "scores", "best_explanations", "verdicts", "examples", "neighbours", "dictionaries")
+EVIDENCE = ("items", "latents", "windows", "neighbours", "vocabulary")
 HEAVY = ["transformer_lens", "sae_lens", "langgraph.graph", "exegete.agent.run", "exegete.tools.activations", "pandas"]
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -54,16 +56,40 @@ def _command(arguments: list[str], log: Path) -> None:
     main()
 
 
-def tables(store: Path, views: Sequence[str] = VIEWS) -> dict[str, list[Any]]:
-    """Return every row of `views`, and what of a run does not depend on the time."""
+def tables(store: Path, views: Sequence[str] = VIEWS) -> dict[str, Any]:
+    """Return every row of `views`, and what of a run does not depend on the time.
+
+    Of `examples`, which takes seconds to put into words, only the first latents; but all of the evidence that it shows.
+    """
     import exegete as package
 
+    some = {"examples": "WHERE latent < 32"}
+    found: dict[str, Any] = {"evidence": evidence_digests(store)} if "examples" in views else {}
     with package.connect(store) as connection:
-        found = {view: connection.execute(f"SELECT * FROM {view} ORDER BY ALL").fetchall() for view in views}
+        for view in views:
+            query = f"SELECT * FROM {view} {some.get(view, '')} ORDER BY ALL"
+            found[view] = connection.execute(query).fetchall()
         found["runs"] = connection.execute(
             "SELECT run, status, seed, config, figures FROM runs ORDER BY run"
         ).fetchall()
     return found
+
+
+def evidence_digests(store: Path) -> dict[str, str]:
+    """Return a digest of all rows of each evidence table, in stored order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    [folder] = store.glob("evidence/*")
+    digests = {}
+    for name in EVIDENCE:
+        rows = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob(f"{name}*.parquet")))
+        assert rows.num_rows, name
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows.combine_chunks())
+        digests[name] = hashlib.sha256(sink.getvalue()).hexdigest()
+    return digests
 
 
 PARTIAL = """

@@ -195,7 +195,7 @@ def test_truncated_evidence(store: Path, corpus: Path, finished: Path, tmp_path:
     shutil.rmtree(folder)
     assert exegete([*settings(corpus), f"--store={store}"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
     again, before = tables(store), tables(finished)
-    assert all(again[view] == before[view] for view in ("latents", "scores", "verdicts", "examples"))
+    assert all(again[view] == before[view] for view in ("evidence", "latents", "scores", "verdicts", "examples"))
 
 
 @pytest.mark.parametrize("which", [0, -1])

@@ -6,20 +6,16 @@ That slices and batches change no byte of the evidence of planted dictionaries i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from crashing import VIEWS, exegete, tables
+from crashing import EVIDENCE, VIEWS, evidence_digests, exegete, tables
 
 from exegete.tools.bundled import write_corpus
 
 pytestmark = pytest.mark.slow
-TABLES = ("items", "latents", "windows", "neighbours", "vocabulary")
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +43,6 @@ def labeled(folder: Path, corpus: Path, *assignments: str) -> Path:
     status = exegete(["label", f"--store={folder / 'store'}", *(f"--set={a}" for a in settings)], log)
     assert status == 0, log.read_text()
     return folder / "store"
-
-
-def evidence_digests(store: Path) -> dict[str, str]:
-    """Return a digest of all rows of each evidence table, in stored order."""
-    [folder] = store.glob("evidence/*")
-    digests = {}
-    for name in TABLES:
-        rows = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob(f"{name}*.parquet")))
-        assert rows.num_rows, name
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema) as writer:
-            writer.write_table(rows.combine_chunks())
-        digests[name] = hashlib.sha256(sink.getvalue()).hexdigest()
-    return digests
 
 
 def rows(store: Path) -> dict[str, list[Any]]:
@@ -106,7 +88,7 @@ def test_another_seed_gives_other_samples_and_scores(plain: Path, ragged_corpus:
     other = labeled(tmp_path / "other", ragged_corpus, "seed=1")
     ours, theirs = evidence_digests(plain), evidence_digests(other)
     # The nearest latents are those of the decoder.
-    assert {name for name in TABLES if ours[name] == theirs[name]} == {"vocabulary", "neighbours"}
+    assert {name for name in EVIDENCE if ours[name] == theirs[name]} == {"vocabulary", "neighbours"}
     mine, others = rows(plain), rows(other)
     assert all(mine[view] != others[view] for view in ("latents", "scores", "verdicts"))
     assert {row[0] for row in mine["dictionaries"]} == {row[0] for row in others["dictionaries"]}
