@@ -107,7 +107,6 @@ def test_what_may_not_be_asked_is_refused_and_the_investigation_goes_on(
     running: Running,
     subject: Subject,
     dictionary: Dictionary,
-    cases: tuple[Case, ...],
     labeled_store: Path,
     tmp_path: Path,
 ) -> None:
@@ -122,7 +121,6 @@ def test_what_may_not_be_asked_is_refused_and_the_investigation_goes_on(
         call("card", latent=latent, split="test"),
         call("search", phrase="windows of the test split", by="words"),
         call("sql", query="SELECT text FROM examples WHERE split = 'test'"),
-        call("sql", query=f"SELECT text FROM '{store}/evidence/*/items-*.parquet'"),
     ]
     wrong = queries(tmp_path)
     replies = [
@@ -137,11 +135,12 @@ def test_what_may_not_be_asked_is_refused_and_the_investigation_goes_on(
     assert (found.record.status, found.answer) == ("finished", ANSWER)
     with Ledger(found.folder) as ledger:
         results = [one.result for one in ledger.calls()]
-    assert [one.status for one in results] == ["refused", "error", "ok", "ok", "error", *["error"] * len(wrong), "ok"]
-    for one, words in zip(results[5:], wrong.values(), strict=False):
+    assert [one.status for one in results] == ["refused", "error", "ok", "ok", *["error"] * len(wrong), "ok"]
+    for one, words in zip(results[4:], wrong.values(), strict=False):
         assert words in one.outcome.text, one.call.arguments
     assert results[3].outcome.facts["rows"] == [] and "sealed" in results[0].outcome.text
-    assert not [text for _, text in sealed if text in work.told] and "root:" not in work.told
+    told = work.told
+    assert not [text for _, text in sealed if text in told] and "root:" not in told and "PRAGMA" in told
     assert not (tmp_path / "stolen.csv").exists() and not (tmp_path / "other.duckdb").exists()
     with exegete.connect(store) as connection:
         rows = connection.execute("SELECT statement, verdict, why FROM claims ORDER BY claim_id").fetchall()
@@ -149,13 +148,13 @@ def test_what_may_not_be_asked_is_refused_and_the_investigation_goes_on(
     assert [row[:2] for row in rows] == [("It carries it.", "verified"), ("Latent 3 does it.", "unverified")]
     assert rows[1][2] == "it rests on no experiment"
     assert "**unverified**: Latent 3 does it." in report(found)
-    assert "Not done as asked | card ×1, sql ×10, windows ×1" in report(found)
+    assert "Not done as asked | card ×1, sql ×9, windows ×1" in report(found)
 
 
 def _only_in_the_test_split(store: Path) -> list[tuple[int, str]]:
     """Return how windows begin that are of the test split alone, each with a latent that they are of."""
     with exegete.connect(store) as connection:
-        query = "SELECT split = 'test', text[:80], min(latent) FROM examples GROUP BY ALL"
+        query = "SELECT split = 'test', text[:80], min(latent) FROM examples WHERE latent < 100 GROUP BY ALL"
         rows = connection.execute(query).fetchall()
     others = {text for sealed, text, _ in rows if not sealed}
     found = [(latent, text) for sealed, text, latent in rows if sealed and len(text) == 80 and text not in others]
@@ -186,8 +185,8 @@ def test_a_model_that_gets_nowhere_is_stopped(
     [
         (Budget(steps=3), "its 3 steps are used"),
         (Budget(passes=60), "more forward passes than were left"),
-        (Budget(tokens=150_000), "tokens"),
-        (Budget(usd=0.3), "USD"),
+        (Budget(tokens=90_000), "tokens"),
+        (Budget(usd=0.2), "USD"),
     ],
 )
 def test_what_exceeds_a_budget_ends_the_search(work: Work, tmp_path: Path, budget: Budget, words: str) -> None:
