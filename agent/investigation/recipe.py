@@ -130,7 +130,7 @@ def all_taken_out(found: Figures) -> list[Call]:
     every = [latent for latent, _ in found.leaders]
     if not found.present or len(every) < 2:
         return []
-    because = "At least half of what they do alone, at most what twice their effects in log-odds come to."
+    because = "At least half of what they do alone; at most twice their effects in log-odds, or what the variants do."
     ends = together(found, every, [f"ablate {name}" for name in ALONE])
     return [_experiment("ablate leaders", "ablate", "H3", because, *ends, latents=every)]
 

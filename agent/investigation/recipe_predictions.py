@@ -8,7 +8,7 @@ and back; other metrics stand as they are.
 2. `alone`: a leader's exact loss on the prompts that were attributed, with the interval that its spread over them leaves open for
    the mean over all prompts: Student's, on a logarithmic scale (delta method), since losses are far from normal.
 3. `together`: no less than half the sum of what the leaders do alone, since the log-probability is concave in the log-odds;
-   no more than twice the sum of their effects in log-odds comes to.
+   no more than twice the sum of their effects in log-odds comes to, nor than the variants do where those are known.
 4. `emptied`: a set that flips most prompts brings the metric below its line, and no further than the variants do.
 5. `paired`: what the known losses alone come to for the strongest pair, where log-odds add; at least half of that.
 6. `steered`: at a small KL, the log-odds of one token move by a standard deviation of √(2 KL); between a third and three of them.
@@ -101,6 +101,9 @@ def together(found: Figures, latents: Sequence[int], measured: Sequence[str]) ->
     if losses <= 0:
         return None, 0.0
     most = float((clean - metric(found, odds(found, clean) - FACTOR * fall)).mean())
+    variants, _ = emptied(found)
+    if variants is not None:
+        most = min(most, -variants)
     return -max(most, FACTOR * losses), -losses / FACTOR
 
 

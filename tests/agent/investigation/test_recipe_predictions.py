@@ -107,6 +107,10 @@ def test_leaders_together_fall_between_the_sum_of_losses_and_that_of_log_odds() 
     found = figures(prompts(), attributed({7: None, 8: None}), one, two)
     # Twice 2 log 3 takes the odds from 9 to 1 / 9.
     assert near(together(found, [7, 8], ["one", "two"]), -log(9), -FROM_9_TO_3)
+    # No further than the variants.
+    change = {"value": -1.5, "low": -1.6, "high": -1.4, "n": 10}
+    varied = figures(prompts(), attributed({7: None, 8: None}), one, two, result("interchange", difference=change))
+    assert near(together(varied, [7, 8], ["one", "two"]), -1.5, -FROM_9_TO_3)
     # Where the second was not measured, its exact loss stands for it.
     exact = figures(prompts(), attributed({7: None, 8: {"value": FROM_9_TO_3}}), one)
     assert near(together(exact, [7, 8], ["one", "two"]), -log(9), -FROM_9_TO_3)
