@@ -15,7 +15,8 @@
 The criterion: at most half of the forward batches, at most 0.6 of the wall time. What the ratios depend on:
 
 - Batches: on how full they are alone. A scheduler fills a batch up to its number of tokens (`--batch-tokens`); calls that fill several
-  batches by themselves take as many together as alone.
+  batches by themselves take as many together as alone. Verifying is such a call: 199 random sets beside each claim, two fifths of the
+  prompts' tokens that an investigation runs here.
 - Wall time: on how long replies take, against how long the subject computes. On a CPU a full batch costs its tokens, shared or not; what
   is won is that one investigation computes while others wait. If everything overlapped, time would fall to that of the computation alone,
   which is shown as `computing` (processor time of the whole process while alone, divided by wall time). On a GPU a larger batch costs
