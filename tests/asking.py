@@ -39,9 +39,9 @@ OWNERS = {
 FEWER_SETS = 40
 """Beside each claim: enough for two."""
 _HEAVY = (
-    *("transformer_lens", "sae_lens", "openai", "anthropic", "exegete.agent.investigation.graph"),
+    *("openai", "anthropic", "exegete.agent.cli", "exegete.agent.investigation.graph"),
     *("exegete.agent.investigation.investigate", "exegete.agent.investigation.reporting"),
-    *("exegete.agent.investigation.verifying", "exegete.agent.investigation.shared_model", "exegete.agent.cli"),
+    *("exegete.agent.investigation.verifying", "exegete.agent.investigation.shared_model"),
 )
 
 
