@@ -125,13 +125,17 @@ class Prediction:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
+Standing = Literal["open", "supported", "not shown", "rejected"]
+"""Of a hypothesis. `not shown`: it was tested, and what was found tells neither for it nor against it, as within a wide control."""
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """What may be so."""
 
     id: str
     statement: str
-    status: Literal["open", "supported", "rejected"] = "open"
+    status: Standing = "open"
 
 
 @dataclass(frozen=True)

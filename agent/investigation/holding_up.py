@@ -119,7 +119,7 @@ def minimal_set(
         bench.live.model, bench.live.dictionary, chosen, own.prompts, own.behaviour, most=most, ablation=ablation,
         wanted=min(wanted, grown) if grown else wanted, controls=bench.controls, rates=bench.rates, seed=bench.seed,
     )  # fmt: skip
-    headline = _set_headline(found)
+    headline = _set_headline(found, "without" if how == "zero" else "with the variants'")
     lines = [*told(headline, ""), f"the set ({found.status}): {', '.join(map(str, found.latents))}"]
     lines += [f"latent {one} {_label(bench, one)}" for one in found.latents[:10]]
     count = found.search_prompts
@@ -260,9 +260,9 @@ def _attribution_plots(part: Measurable, found: Attribution, headline: Headline)
     return tuple(plots)
 
 
-def _set_headline(found: MinimalSet) -> Headline:
+def _set_headline(found: MinimalSet, done: str) -> Headline:
     own, random = found.search.flipped, found.search.random
-    name = f"share of search prompts that flip without {named(found.latents)}"
+    name = f"share of search prompts that flip {done} {named(found.latents)}"
     if not random.flipped:
         return Headline(name, own.value, own.low, own.high, own.n, f"{MATCHED}: {random.status}")
     low = float(np.quantile(random.flipped, 0.025))

@@ -46,9 +46,7 @@ def sql(bench: Bench, query: str) -> Outcome:
     Args:
         query: for example SELECT latent, text, detection, detection_shuffled FROM best_explanations ORDER BY detection DESC LIMIT 20
     """
-    found = query_apart(
-        _store(bench), query, time_limit_s=bench.query_s, row_limit=ROWS, memory_mb=bench.query_mb
-    )
+    found = query_apart(_store(bench), query, time_limit_s=bench.query_s, row_limit=ROWS, memory_mb=bench.query_mb)
     rows = found.rows
     more = f", of more than {ROWS}: add a LIMIT and OFFSET, or aggregate" if found.truncated else ""
     head = f"{len(rows)} row{'' if len(rows) == 1 else 's'}{more}"

@@ -21,12 +21,13 @@ def hypothesis(statement: str) -> None:
 
 
 @tool("note")
-def update(hypothesis: str, status: Literal["open", "supported", "rejected"]) -> None:
+def update(hypothesis: str, status: Literal["open", "supported", "not shown", "rejected"]) -> None:
     """Say where a hypothesis stands after what was found.
 
     Args:
         hypothesis: its id, for example H1.
-        status: `supported` or `rejected` by an experiment whose prediction was recorded before; `open` otherwise.
+        status: `supported` or `rejected` by an experiment whose prediction was recorded before; `not shown` where one was made
+            that tells neither for it nor against it; `open` otherwise.
     """
 
 

@@ -8,7 +8,8 @@
 4. A minimal set is grown by attribution and pruned; where the suggested cause matters, so is one whose exchange with the
    variants' activations ends the behaviour.
 5. The one set is taken out, its pairs are looked at and its leader is steered as a curve; the other is exchanged.
-6. Hypotheses are supported or rejected by whether a figure's interval lies beyond its control's, and what lies beyond is claimed.
+6. Hypotheses are supported where a figure's interval lies beyond its control's, and what lies beyond is claimed. Else they are not
+   shown; rejected is only what an interval speaks against.
 
 What is done next depends on the view alone, so that it can be resumed. Every prediction follows from earlier figures by a
 rule (`recipe_predictions`), so that the share that holds says what those rules are worth.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from exegete.agent.investigation.contract import (
     Call,
@@ -27,6 +28,7 @@ from exegete.agent.investigation.contract import (
     Hypothesis,
     Metric,
     Question,
+    Standing,
     View,
 )
 from exegete.agent.investigation.recipe_answer import answered
@@ -183,18 +185,22 @@ STAGES = (shown, sought, taken_out, all_taken_out, reduced, tested)
 def hypotheses(found: Figures) -> tuple[Hypothesis, ...]:
     """Return all hypotheses with where they stand."""
     stated = [
-        ("H1", "The model shows the behaviour on most of these prompts.", found.present),
-        ("H3", "Latents that attribution ranks highest hold the metric up.", found.lead),
-        ("H4", "The behaviour is gone without a small set of latents.", found.necessary),
-        ("H5", "Pairs of the set do more together than the sum of what they do alone.", found.interact),
-        ("H7", "Turned down, the leading latent lowers the metric more than others at the same KL.", found.steers),
+        ("H1", "The model shows the behaviour on most of these prompts.", _status(found.present, against=True)),
+        ("H3", "Latents that attribution ranks highest hold the metric up.", _status(found.lead)),
+        ("H4", "The behaviour is gone without a small set of latents.", _status(found.necessary)),
+        ("H5", "Pairs of the set do more together than the sum of what they do alone.", _status(found.interact)),
+        (
+            "H7",
+            "Turned down, the leading latent lowers the metric more than others at the same KL.",
+            _status(found.steers),
+        ),
     ]
     if found.variants:
         stated += [
-            ("H2", "The suggested cause matters: without it the metric falls.", found.matters),
-            ("H6", "What differs between prompts and variants acts through a small set.", found.carries),
+            ("H2", "The suggested cause matters: without it the metric falls.", _status(found.matters, found.idle)),
+            ("H6", "What differs between prompts and variants acts through a small set.", _status(found.carries)),
         ]
-    return tuple(Hypothesis(id, text, _status(holds)) for id, text, holds in sorted(stated))
+    return tuple(Hypothesis(id, text, status) for id, text, status in sorted(stated))
 
 
 def claims(found: Figures) -> tuple[Claim, ...]:
@@ -229,8 +235,10 @@ def claims(found: Figures) -> tuple[Claim, ...]:
     return tuple(claimed)
 
 
-def _status(holds: bool | None) -> Literal["open", "supported", "rejected"]:
-    return "open" if holds is None else "supported" if holds else "rejected"
+def _status(holds: bool | None, against: bool = False) -> Standing:
+    if holds is None:
+        return "open"
+    return "supported" if holds else "rejected" if against else "not shown"
 
 
 def _named(latents: Latents) -> str:

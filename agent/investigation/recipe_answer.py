@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from exegete.agent.findings import figure
 from exegete.agent.investigation.contract import Headline
-from exegete.agent.investigation.recipe_figures import SHARE, Figures
+from exegete.agent.investigation.recipe_figures import SHARE, Figures, falls
 
 WHO = "This is the fixed protocol (recipe): no language model chose an experiment or wrote a word of this."
 FLATTERED = "It was chosen on these very prompts, which flatter it; what counts is the verdict on the held-out ones."
@@ -57,7 +57,9 @@ def _cause(found: Figures) -> str:
     if found.matters:
         return f"{change}: it matters."
     share = SHARE * found.margin
-    return f"{change}. That is not surely a fall, or one of less than {share:.3g}: the suggested cause does not matter here."
+    if found.idle:
+        return f"{change}. Surely it does not fall by {share:.3g}: the suggested cause does not matter here."
+    return f"{change}. It is not sure that it falls, or falls by {share:.3g}: that the suggested cause matters is not shown."
 
 
 def _leaders(found: Figures) -> str:
@@ -92,12 +94,20 @@ def _carried(found: Figures) -> str:
     if flipped is None or changed is None:
         return ""
     listed = ", ".join(map(str, found.carriers))
-    verb = "acts" if found.carries else "cannot be shown to act"
     return (
         f"With {_many(found.carriers)} as they are on the variants ({listed}) that share is "
-        f"{_beside(found, 'carriers', flipped)}, and the metric changes by {_beside(found, 'exchange', changed)}: what differs "
-        f"between prompts and variants {verb} through them."
+        f"{_beside(found, 'carriers', flipped)}, and the metric changes by {_beside(found, 'exchange', changed)}: "
+        f"{_passing(found, changed)}."
     )
+
+
+def _passing(found: Figures, changed: Headline) -> str:
+    """Return what the exchange says of the suggested cause."""
+    if found.carries:
+        return "what differs between prompts and variants acts through them"
+    if falls(changed):
+        return "part of what differs between prompts and variants acts through them, too little to end the behaviour, so nothing is claimed"
+    return "that what differs between prompts and variants acts through them is not shown"
 
 
 def _more(found: Figures) -> str:

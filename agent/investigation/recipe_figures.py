@@ -126,6 +126,12 @@ class Figures:
         return below(found["high"], 0.0) and float(found["value"]) < -SHARE * self.margin
 
     @property
+    def idle(self) -> bool:
+        """Whether what the suggested cause does is surely less than that share."""
+        found = self.difference
+        return found is not None and above(found["low"], -SHARE * self.margin)
+
+    @property
     def led(self) -> tuple[str, Headline | None]:
         """The call that took out all leaders, with what it found."""
         id = "ablate leaders" if len(self.leaders) > 1 else "ablate first"

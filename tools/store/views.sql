@@ -325,7 +325,7 @@ COMMENT ON COLUMN experiments.place IS 'Its place among the predictions of its i
 COMMENT ON COLUMN experiments.tool IS 'The instrument that was used.';
 COMMENT ON COLUMN experiments.parameters IS 'Its arguments, as JSON.';
 COMMENT ON COLUMN experiments.hypothesis IS 'The hypothesis that it tests.';
-COMMENT ON COLUMN experiments.hypothesis_status IS 'What became of that in the end: open, supported or rejected.';
+COMMENT ON COLUMN experiments.hypothesis_status IS 'What became of that in the end: open, supported, not shown or rejected.';
 COMMENT ON COLUMN experiments.prediction IS 'Where the headline figure was predicted to lie.';
 COMMENT ON COLUMN experiments.predicted_low IS 'The predicted lower bound; null for none.';
 COMMENT ON COLUMN experiments.predicted_high IS 'The predicted upper bound; null for none.';

@@ -140,7 +140,7 @@ def test_what_lies_beyond_its_controls_is_claimed() -> None:
     assert necessary.experiments == ("E6", "E8") and carried.experiments == ("E7", "E10")
     assert {claim.expects for claim in last.claims} == {"falls"}
     assert statuses(last) == dict(zip(("H1", "H2", "H3", "H4", "H5", "H6"), ["supported"] * 6, strict=True)) | {
-        "H7": "rejected"
+        "H7": "not shown"
     }
     # Every figure has its interval, its number and its control.
     assert "changes by -5 [-5.5, -4.5] (n = 10; E8; random sets: 0 [-0.1, 0.1], n = 20)" in last.answer
@@ -158,7 +158,7 @@ def test_what_a_control_does_as_well_is_not_claimed(broken: str) -> None:
     ]
     last = decided(results)
     assert last.done and [claim.intervention for claim in last.claims] == ["interchange"]
-    assert statuses(last)["H4"] == "rejected" and "is not claimed" in last.answer
+    assert statuses(last)["H4"] == "not shown" and "is not claimed" in last.answer
 
 
 def test_a_set_that_could_not_be_tested_is_not_claimed() -> None:
@@ -176,9 +176,10 @@ def test_a_suggested_cause_without_effect_is_said_to_have_none() -> None:
     last = decided(results)
     # Nothing is exchanged where prompts and variants do not differ, so the protocol is at its end.
     assert last.done and [claim.intervention for claim in last.claims] == ["ablate"]
-    assert statuses(last)["H2"] == "rejected"
+    # Ten prompts leave open a fall of 0.1, and 0.07 would count.
+    assert statuses(last)["H2"] == "not shown"
     assert "the word descending) the metric changes by 0 [-0.1, 0.1] (n = 10; E5)" in last.answer
-    assert "the suggested cause does not matter" in last.answer
+    assert "that the suggested cause matters is not shown" in last.answer
 
 
 def test_a_fall_that_is_sure_but_tiny_is_no_cause() -> None:
