@@ -5,7 +5,7 @@
 2. Beside it best-of-N at equal cost: the top writer is asked again and again, and each answer weighed, until that has cost as much as
    the whole climb of this latent (in USD, or in tokens where nothing costs). The best on the refine split is scored on the test split.
    Where the rung `test-and-refine` is there, best-of-N stands beside it alone as well: the explainer below it draws, with the
-   agent's language model, until the tokens that the agent's explanation took (weighing it included) are spent.
+   agent's language model, so often that the tokens come nearest to those that the agent's explanation took, weighing included.
 3. From the refine split of all of them come how the judge's errors cluster there, the line that screening goes by, and the gain
    and price of each rung. They are stored with the run and never change; routing the other latents, and these as well, rests on
    them, and on nothing of the test split.
@@ -213,18 +213,20 @@ async def _best_of(own: LatentEvidence, bench: Workbench, cascade: Cascade, cost
     writer: Any = cascade.writers[writer_of(cascade)]
     if not hasattr(writer, "candidate"):
         return []
-    drawn = await _drawn(own, bench, cascade, writer, lambda spent: _as_dear(spent, cost))
+    drawn = await _drawn(own, bench, cascade, writer, lambda spent, _: _as_dear(spent, cost))
     return [] if drawn.explanation is None else [drawn]
 
 
 async def _best_of_beside(
     own: LatentEvidence, bench: Workbench, cascade: Cascade, tried: Sequence[Tried]
 ) -> list[Tried]:
-    """Return the best of as many draws as take the tokens of the agent; empty where it took none."""
+    """Return the best of as many draws as come nearest to the tokens of the agent, one at least; empty where it took none."""
     tokens = sum(one.spent.tokens for one in tried if one.rung == TEST_AND_REFINE)
     if cascade.rival is None or not tokens:
         return []
-    drawn = await _drawn(own, bench, cascade, cascade.rival, lambda spent: spent.tokens >= tokens, MOST_DRAWS_BESIDE)
+    drawn = await _drawn(
+        own, bench, cascade, cascade.rival, lambda spent, draws: _nearest(spent, draws, tokens), MOST_DRAWS_BESIDE
+    )
     return [replace(drawn, rung=BEST_OF_BESIDE)]
 
 
@@ -233,10 +235,10 @@ async def _drawn(
     bench: Workbench,
     cascade: Cascade,
     writer: Any,
-    enough: Callable[[Spent], bool],
+    enough: Callable[[Spent, int], bool],
     most: int = MOST_DRAWS,
 ) -> Tried:
-    """Return the best of the draws of `writer`, one after the other until `enough` has been spent."""
+    """Return the best of the draws of `writer`, one after the other until `enough` has been spent on so many of them."""
     seed, before = bench.latent_seed(own.latent), spent_so_far()
     found: list[tuple[Explanation, Refined]] = []
     why_not = "no draw says anything that can be scored"
@@ -251,7 +253,7 @@ async def _drawn(
         if explanation is not None:
             refined = await cascade.score.judged(explanation, bench.evidence(own.latent, "refine"), seed)
             found.append((explanation, refined))
-        if enough(spent_so_far() - before):
+        if enough(spent_so_far() - before, number + 1):
             break
     place = best([refined for _, refined in found])
     spent = spent_so_far() - before
@@ -259,6 +261,11 @@ async def _drawn(
         return Tried(BEST_OF, None, why_not, spent=spent)
     explanation, refined = found[place]
     return Tried(BEST_OF, explanation, refined=refined, spent=spent)
+
+
+def _nearest(spent: Spent, draws: int, tokens: int) -> bool:
+    """Return whether one more draw, which takes what the others took, would be farther from `tokens` than these are."""
+    return spent.tokens + spent.tokens / draws / 2 >= tokens
 
 
 def _as_dear(spent: Spent, cost: Spent) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from exegete.agent.cascade_control import _nearest
 from exegete.agent.cascade_summary import beside_lines, verdict
 from exegete.agent.routing_value import ABOVE, BEST_OF_BESIDE, LEAST_LATENTS, Measured, agent_beside_best_of, winner
 from exegete.agent.rungs import TEST_AND_REFINE, top_writer
+from exegete.agent.spending import Spent
 from exegete.tools.errors import UserError
 from exegete.tools.store import StepRecord
 
@@ -76,6 +78,14 @@ def test_which_is_better_is_said_where_the_interval_leaves_no_doubt(
         and "600 tokens a latent" in lines[2]
         and f"(n = {len(differences)})" in lines[3]
     )
+
+
+@pytest.mark.parametrize(
+    ("draws", "tokens", "ends"), [(1, 1_499, True), (1, 1_501, False), (3, 3_500, True), (3, 3_501, False)]
+)
+def test_draws_end_where_they_are_nearest_to_the_agents_tokens(draws: int, tokens: int, ends: bool) -> None:
+    """A draw takes 1,000 tokens."""
+    assert _nearest(Spent(tokens=1_000 * draws), draws, tokens) is ends
 
 
 def test_nothing_is_said_without_an_agent() -> None:

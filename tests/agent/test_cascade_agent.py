@@ -76,13 +76,14 @@ def test_the_agent_climbs_and_stands_beside_best_of_n(
     assert beside["better"] == ("test-and-refine" if control >= LEAST_LATENTS else None)
     assert beside[ABOVE]["n"] == control and beside[ABOVE]["value"] * better > 0
     steps = f"SELECT rung, explanation_id, tokens, calls, latent FROM climbs WHERE run = '{run_id}' AND control"
-    own, rival = (
+    own, rival, draw = (
         {row[4]: row for row in rows(store, f"{steps} AND rung = '{rung}'")}
-        for rung in ("test-and-refine", BEST_OF_BESIDE)
+        for rung in ("test-and-refine", BEST_OF_BESIDE, "one-shot")
     )
-    # At equal tokens: the last draw is the one that reaches what the agent took.
-    assert len(own) == len(rival) == control and all(rival[latent][2] >= own[latent][2] > 0 for latent in own)
-    assert all(own[latent][3] >= 2 + 4 for latent in own)  # Two replies, and the judging of what came of them.
+    # At equal tokens, as near as whole draws come to what the agent took.
+    assert len(own) == len(rival) == control and all(own[latent][2] > 0 for latent in own)
+    assert all(abs(rival[latent][2] - own[latent][2]) < 0.6 * draw[latent][2] for latent in own)
+    assert all(own[latent][3] > 2 for latent in own)  # Two replies, and the judging of what came of them.
     told = "\n".join(headline(figures))
     assert ("test-and-refine is better here" if better > 0 else "fewer than 10 latents, which say nothing") in told
     if better > 0:  # It stands, where it was tried, since it is better on the refine split.
