@@ -2,7 +2,7 @@
 
 1. Each case's prompt runs with the intervention on the latents asked for, and with the same on random sets of as many
    latents that fire as often (`exegete.tools.ablation_sets.random_sets`), all in common batches. Where no latent of a set is
-   active, taking it out changes nothing, and no pass is spent on it.
+   active, taking it out changes nothing, and no pass is spent on it (`active_on`).
 2. The effect is the mean over prompts of changed less clean, with Student's interval: the prompt is the unit.
 3. Beside it stand the mean and the range, from the 2.5th to the 97.5th percentile, of the same mean over the random sets.
 4. A prompt's behaviour is gone where its metric was above the metric's line and no longer is, and came where it was not.
@@ -276,7 +276,12 @@ def firing(bench: Bench, measurable: Measurable, latents: Sequence[int]) -> dict
 
 
 def active_on(bench: Bench, prompts: Sequence[Tokens], sets: Sequence[Latents]) -> NDArray[np.bool_]:
-    """Return whether any latent of a set is active on a prompt, shape (set, prompt)."""
+    """Return whether any latent of a set is active on a prompt, so that taking it out can change the metric, shape (set, prompt).
+
+    Where the metric is judged any can: what is silent on a prompt may fire on what the model writes after it.
+    """
+    if bench.metric.kind == "judged":
+        return np.ones((len(sets), len(prompts)), dtype=np.bool_)
     wanted = sorted({latent for one in sets for latent in one})
     place = {latent: i for i, latent in enumerate(wanted)}
     found = activations(bench.live.model, bench.live.dictionary, prompts, wanted)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exegete.agent.investigation.arms import Latents, active_on, beside_random
 from exegete.agent.investigation.bench import Bench
+from exegete.agent.investigation.contract import Metric
 from exegete.agent.investigation.shared_model import Sharing
 from exegete.tools.interventions import Intervention, ablate
 
@@ -38,3 +40,10 @@ def test_a_set_that_is_silent_on_a_prompt_is_not_run_there_and_changes_nothing(b
     np.testing.assert_allclose(some.changed, every.changed, atol=1e-4)
     np.testing.assert_allclose(some.controls, every.controls, atol=1e-4)
     assert (some.controls[~active[1:]] == np.tile(own.clean, (6, 1))[~active[1:]]).all()
+
+
+def test_what_is_silent_on_a_prompt_is_run_where_the_model_goes_on_writing(bench: Bench) -> None:
+    silent = [int(latent) for latent in np.flatnonzero(bench.rates == 0)[:1]]
+    assert not active_on(bench, bench.prompts, [tuple(silent)]).any()
+    judged = replace(bench, metric=Metric("judged", criterion="It sorts from high to low."))
+    assert active_on(judged, bench.prompts, [tuple(silent)]).all()
