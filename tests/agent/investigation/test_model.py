@@ -69,7 +69,7 @@ def test_malformed_arguments_are_answered_in_words(arguments: str, why: str) -> 
         ("hypothesis", {}, "'statement' is missing"),
         ("hypothesis", {"statement": "  "}, "is empty"),
         ("update", {"hypothesis": "H9", "status": "rejected"}, "there is no hypothesis 'H9'; there are: none yet"),
-        ("update", {"hypothesis": "H1", "status": "true"}, "one of 'open', 'supported', 'rejected'"),
+        ("update", {"hypothesis": "H1", "status": "true"}, "one of 'open', 'supported', 'not shown', 'rejected'"),
         ("claim", {"statement": "x", "kind": "causal"}, "names the latents"),
         ("claim", {**CAUSAL, "latents": ["seven"]}, "a whole number"),
         ("claim", "not json", "they are no JSON"),
