@@ -107,6 +107,10 @@ class Call:
     arguments: Mapping[str, Any]
 
 
+ROUNDING = 1e-6
+"""By which a figure may be beyond its prediction: how a prompt's logits are rounded depends on its batch."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What an experiment's headline figure will be, by whom it is asked for."""
@@ -119,10 +123,11 @@ class Prediction:
     """The figure is predicted to lie between; None is unbounded. Not both may be None."""
 
     def holds(self, value: float | None) -> bool | None:
-        """Return whether a figure lies where it was predicted; None where there is no figure."""
+        """Return whether a figure lies where it was predicted, within `ROUNDING`; None where there is no figure."""
         if value is None or not math.isfinite(value):
             return None
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        above = self.low is None or value >= self.low - ROUNDING
+        return above and (self.high is None or value <= self.high + ROUNDING)
 
 
 Standing = Literal["open", "supported", "not shown", "rejected"]

@@ -66,7 +66,8 @@ def test_predictions_are_numbered_in_their_order_and_the_first_one_counts(ledger
 
 
 @pytest.mark.parametrize(
-    ("value", "predicted"), [(-1.5, True), (-0.5, False), (-1.0, True), (None, None), (math.nan, None)]
+    ("value", "predicted"),
+    [(-1.5, True), (-0.5, False), (-1.0, True), (1e-8 - 1, True), (1e-4 - 1, False), (None, None), (math.nan, None)],
 )
 def test_figures_are_held_against_their_predictions(
     ledger: Ledger, value: float | None, predicted: bool | None
