@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=8, help="to label")
     parser.add_argument("--documents", type=int, default=1_500, help="of the corpus of the labeling run")
     parser.add_argument("--reply", type=float, default=0.2, help="seconds that a language model takes")
-    parser.add_argument("--batch-tokens", type=int, help="of the scheduler; its default, where left out")
+    parser.add_argument("--batch-tokens", type=int, help="of model and scheduler; their defaults, where left out")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that torch computes with")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -175,7 +175,8 @@ async def measure(chosen: argparse.Namespace, server: Running, folder: Path) -> 
 
 def ready(chosen: argparse.Namespace, server: Running, folder: Path) -> Work:
     """Load the subject, write the scripts, and gather the evidence of the labeling run."""
-    live = open_live(Wanted())
+    # A scheduler's batches are never larger than the model's.
+    live = open_live(Wanted() if chosen.batch_tokens is None else Wanted(batch_tokens=chosen.batch_tokens))
     scripted = scripts(live, chosen.investigations, chosen.prompts, chosen.seed)
     requests, store = folder / "requests.jsonl", folder / "evidence"
     write_corpus(requests, chosen.seed, chosen.documents)
