@@ -107,7 +107,8 @@ def _run(config: RunConfig, progress: Progress | None, confirm: Ask | None, live
     if folder.exists():  # What is wrong with a store is said before a model is loaded, what is wrong with a model
         Store.create_or_open(folder)  # before a store is made.
     check_workbench(config)
-    inputs = load_inputs(config, progress, None if live is None else lambda *named: inputs_of(live, *named[:2]))
+    shared = None if live is None else lambda subject, dictionary, _: inputs_of(live, subject, dictionary)
+    inputs = load_inputs(config, progress, shared)
     store = Store.create_or_open(folder)
     with store.writer() as writer, watched(store.folder, progress) as watch, stop_on_interrupt(progress) as asked:
         deadline, budget = deadline_of(config.label), budget_of(config.models)

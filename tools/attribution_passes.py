@@ -79,7 +79,7 @@ def attributed(
     found: dict[int, Found] = {}
     order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
 
-    def work(part: list[Trial]) -> list[Found]:
+    def work(part: list[PromptTrial]) -> list[Found]:
         with torch.inference_mode(False):
             return _attributed(_Passes(model, dictionary, model.pad(part), metric, positions), steps, groups)
 

@@ -102,14 +102,10 @@ def continue_each(
     room = model.subject.max_context
     results: dict[int, Continuation] = {}
     order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
-    own = {id(trial): how for trial, how in zip(trials, sampling, strict=True)}
+    own = [_Sampled(one.tokens, one.intervention, one.draw, how) for one, how in zip(trials, sampling, strict=True)]
     for chosen in model.batches(order, lambda index: min(room, len(trials[index].tokens) + sampling[index].tokens)):
-        batch = [trials[index] for index in chosen]
-        found = model.shrinking(
-            batch,
-            lambda part: _continue(model, part, [own[id(trial)] for trial in part], cache),
-            more=max(sampling[index].tokens for index in chosen),
-        )
+        more = max(sampling[index].tokens for index in chosen)
+        found = model.shrinking([own[index] for index in chosen], lambda part: _continue(model, part, cache), more=more)
         results |= dict(zip(chosen, found, strict=True))
     return [results[index] for index in range(len(trials))]
 
@@ -125,10 +121,17 @@ def check_generation(model: LiveModel, trials: Sequence[Trial], tokens: int, tem
             raise UserError(f"the prompt has {len(trial.tokens)} tokens and leaves no room to write, of {room}")
 
 
-def _continue(model: LiveModel, trials: list[Trial], sampling: Sequence[Sampling], cached: bool) -> list[Continuation]:
+@dataclass(frozen=True)
+class _Sampled(Trial):
+    """A trial that says how it is continued, so that it may be sorted and split like any other."""
+
+    sampling: Sampling = Sampling(1)
+
+
+def _continue(model: LiveModel, trials: list[_Sampled], cached: bool) -> list[Continuation]:
     from transformers import DynamicCache
 
-    batch = model.pad(trials)
+    batch, sampling = model.pad(trials), [trial.sampling for trial in trials]
     keeps = cached and not _conditioned(model, trials)
     cache = DynamicCache(config=model.subject.bridge.original_model.config) if keeps else None
     picking = _Picking(batch, sampling)

@@ -155,7 +155,7 @@ def _gradients(model: LiveModel, dictionary: Dictionary, trials: Sequence[Prompt
     found: dict[int, Tensor] = {}
     order = sorted(range(len(trials)), key=lambda index: len(trials[index].tokens))
 
-    def work(part: list[Trial]) -> list[Tensor]:
+    def work(part: list[PromptTrial]) -> list[Tensor]:
         with torch.inference_mode(False):
             return _batch_gradients(model, dictionary, model.pad(part), metric)
 

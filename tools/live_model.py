@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 T = TypeVar("T")
+SomeTrial = TypeVar("SomeTrial", bound=Trial)
 Keep = Literal["last", "all", "none"]
 
 __all__ = ["Batch", "LiveModel", "Reading", "Trial"]
@@ -246,7 +247,9 @@ class LiveModel:
         if batch:
             yield batch
 
-    def shrinking(self, trials: list[Trial], work: Callable[[list[Trial]], Sequence[T]], *, more: int = 0) -> list[T]:
+    def shrinking(
+        self, trials: list[SomeTrial], work: Callable[[list[SomeTrial]], Sequence[T]], *, more: int = 0
+    ) -> list[T]:
         """Return what `work` returns, in halves where the device runs out of memory.
 
         Args:

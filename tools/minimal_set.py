@@ -163,9 +163,7 @@ def minimal_set(
         UserError: there are no candidates or prompts, a candidate is given twice or is not in the dictionary, no prompt
             shows the behaviour, the judge's scores or the rates are not in 0 … 1, or as `LiveModel.run`.
     """
-    _require_numbers(wanted, most, controls)
-    if not prompts:
-        raise UserError("there are no prompts to choose the set on; give some that show the behaviour")
+    _require_given(prompts, wanted, most, controls)
     considered = require_set(model, dictionary, candidates, "candidates")[:most]
     known = None if rates is None else require_rates(dictionary, rates)
     ablated = _Ablated(model, dictionary, judge, ablation)
@@ -190,7 +188,9 @@ def minimal_set(
     )
 
 
-def _require_numbers(wanted: float, most: int, controls: int) -> None:
+def _require_given(prompts: Sequence[Tokens], wanted: float, most: int, controls: int) -> None:
+    if not prompts:
+        raise UserError("there are no prompts to choose the set on; give some that show the behaviour")
     if not 0 < wanted <= 1 or most < 1 or controls < 0:
         raise UserError(
             f"wanted is {wanted}, most {most}, controls {controls}: give 0 < wanted ≤ 1, most ≥ 1, controls ≥ 0"

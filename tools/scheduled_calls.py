@@ -291,9 +291,8 @@ class Generate:
 
     def perform(self, model: LiveModel, items: Sequence[Item], count: Count) -> None:
         """Run one batch."""
-        # Copies, since two calls may hold one and the same trial and continue it in different ways.
-        trials = [copy.copy(item.trial) for item in items]
-        found = continue_each(model, trials, [_sampling(item.call.job) for item in items], cache=self.cache)
+        trials, sampling = [item.trial for item in items], [_sampling(item.call.job) for item in items]
+        found = continue_each(model, trials, sampling, cache=self.cache)
         count([item.length(model) for item in items])
         for call in calls_of(items):
             own = [row for row, item in enumerate(items) if item.call is call]

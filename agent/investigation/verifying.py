@@ -4,8 +4,9 @@ A causal claim says that an intervention on some latents makes the metric fall (
 
 1. It must rest on an experiment that exists, and name latents that exist. Held-out prompts that do not show the behaviour as
    they are (for `rises` with `flips`: that do) are left out and counted; fewer than eight left verify nothing.
-2. Latents that are active on none of these prompts fail (but for steering), and an interchange where prompts and variants do
-   not differ in the metric, or differ the other way: then no latent can carry the difference.
+2. Latents that are active on none of these prompts fail (but for steering, and where a judge reads what is written), and an
+   interchange where prompts and variants do not differ in the metric, or differ the other way: then no latent can carry the
+   difference.
 3. The intervention runs on every prompt, and so does the same on random sets of as many latents that fire as often; with
    `steer` all at one KL, matched on other prompts, and random directions at that KL beside them.
 4. It is verified if all of this holds:
